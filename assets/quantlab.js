@@ -1,0 +1,230 @@
+// Behaviour of the page's own HTML: sorting, details, chips, tooltips, copying, theme and language.
+// Loaded once in the page's head; components call `quantlab.…` when they appear.
+(() => {
+  "use strict";
+
+  // Figures: Gradio publishes its Plotly as window.Plotly when the first figure appears. The mode
+  // bar already saves PNG; this adds SVG beside it.
+  let plotly;
+  Object.defineProperty(window, "Plotly", {
+    configurable: true,
+    get: () => plotly,
+    set: (loaded) => {
+      plotly = loaded;
+      if (!loaded || loaded.quantlab) return;
+      const react = loaded.react.bind(loaded);
+      const svg = {
+        name: "svg",
+        title: "SVG",
+        icon: loaded.Icons.disk,
+        click: (figure) => loaded.downloadImage(figure, { format: "svg", filename: "quantlab" }),
+      };
+      loaded.quantlab = true;
+      loaded.react = (element, data, layout, config) =>
+        react(element, data, layout, { ...config, modeBarButtonsToAdd: [svg] });
+    },
+  });
+
+  const language = () => (document.documentElement.lang || "en").slice(0, 2);
+  const dark = () => document.body.classList.contains("dark");
+
+  // What the server needs to know about this browser tab.
+  const client = () => ({
+    dark: dark(),
+    language: language(),
+    run: new URL(location.href).searchParams.get("run") || "",
+  });
+
+  // Tell the server when the theme or the language changes while the page is open.
+  function watchClient(trigger) {
+    let last = JSON.stringify([dark(), language()]);
+    const look = () => {
+      const now = JSON.stringify([dark(), language()]);
+      if (now !== last) {
+        last = now;
+        trigger("client", client());
+      }
+    };
+    new MutationObserver(look).observe(document.body, { attributeFilter: ["class"] });
+    new MutationObserver(look).observe(document.documentElement, { attributeFilter: ["lang"] });
+  }
+
+  function setLanguage(chosen) {
+    document.cookie = `quantlab_language=${chosen};path=/;max-age=31536000;samesite=lax`;
+    location.reload();
+  }
+
+  // The address always names the run in view, so that a reload or a link finds it again.
+  function followRun(element, watch) {
+    const update = () => {
+      const run = element.querySelector("[data-run]")?.dataset.run || "";
+      const url = new URL(location.href);
+      if (!run || url.searchParams.get("run") === run) return;
+      url.searchParams.set("run", run);
+      history.replaceState(history.state, "", url);
+    };
+    watch("value", update);
+    update();
+  }
+
+  // Results table: sort by a heading, open a row. Both survive rows that arrive later.
+  function table(element, watch) {
+    const sort = { key: null, down: false };
+    const open = new Set();
+
+    function value(body) {
+      if (sort.key === "name") return body.dataset.name;
+      const cell = body.querySelector(`td[data-key="${sort.key}"]`);
+      return cell && cell.dataset.value !== undefined ? Number(cell.dataset.value) : null;
+    }
+    function compare(a, b) {
+      if (sort.key === null) return Number(a.dataset.index) - Number(b.dataset.index);
+      const [x, y] = [value(a), value(b)];
+      if (x === null || y === null) return (x === null) - (y === null);
+      const order = typeof x === "string" ? x.localeCompare(y) : x - y;
+      return sort.down ? -order : order;
+    }
+    function apply() {
+      const grid = element.querySelector("table");
+      if (!grid) return;
+      const bodies = [...grid.tBodies];
+      const sorted = [...bodies].sort(compare);
+      if (sorted.some((body, place) => body !== bodies[place])) grid.append(...sorted);
+      for (const button of grid.querySelectorAll("[data-sort]")) {
+        const chosen = button.dataset.sort === sort.key;
+        const direction = chosen ? (sort.down ? "descending" : "ascending") : "none";
+        button.closest("th").setAttribute("aria-sort", direction);
+      }
+      for (const body of grid.tBodies) {
+        const shown = open.has(body.dataset.variant);
+        const row = body.querySelector(".ql-details");
+        if (row) row.hidden = !shown;
+        body.querySelector("[data-details]")?.setAttribute("aria-expanded", String(shown));
+      }
+    }
+    element.addEventListener("click", (event) => {
+      const heading = event.target.closest("[data-sort]");
+      const details = event.target.closest("[data-details]");
+      if (heading) {
+        // Once up, once down, then back to the order of the variants.
+        const again = sort.key === heading.dataset.sort;
+        sort.key = again && sort.down ? null : heading.dataset.sort;
+        sort.down = again && !sort.down;
+      } else if (details) {
+        const name = details.closest("tbody").dataset.variant;
+        if (!open.delete(name)) open.add(name);
+      } else {
+        return;
+      }
+      apply();
+    });
+    watch("value", apply);
+    apply();
+  }
+
+  // Forward clicks on [data-<name>] as the component's event <name>, with the attribute's value.
+  function forward(element, trigger, names) {
+    element.addEventListener("click", (event) => {
+      for (const name of names) {
+        const target = event.target.closest(`[data-${name}]`);
+        if (target) trigger(name, { value: target.dataset[name] });
+      }
+    });
+  }
+
+  // A chip opens its own options: the accordion around all of them, then its own.
+  function chips(element, trigger) {
+    forward(element, trigger, ["remove"]);
+    const isOpen = (id) => document.querySelector(`#${id} > button.open, #${id} button.label-wrap.open`);
+    const toggle = (id) => document.querySelector(`#${id} button.label-wrap`)?.click();
+    element.addEventListener("click", (event) => {
+      const chip = event.target.closest("[data-options]");
+      if (!chip) return;
+      const own = `options-${chip.dataset.options}`;
+      if (!isOpen("options")) toggle("options");
+      let tries = 0;
+      const reveal = () => {
+        const target = document.getElementById(own);
+        if (!target) return tries++ < 40 && setTimeout(reveal, 50);
+        if (!isOpen(own)) toggle(own);
+        target.scrollIntoView({ block: "nearest" });
+        target.querySelector("button")?.focus({ preventScroll: true });
+      };
+      reveal();
+    });
+  }
+
+  // A message that appears is brought into view where the person is not looking at it.
+  function message(element, watch) {
+    watch("value", () => {
+      const alert = element.querySelector("[role=alert]");
+      if (alert) requestAnimationFrame(() => alert.scrollIntoView({ block: "nearest" }));
+    });
+  }
+
+  // One tooltip for the page, on hover and on keyboard focus, never cut off by a scrolling box.
+  const tip = document.createElement("div");
+  tip.id = "ql-tip";
+  tip.setAttribute("role", "tooltip");
+  tip.hidden = true;
+  let tipped = null;
+  function showTip(event) {
+    const target = event.target.closest?.("[data-tip]");
+    if (target === tipped) return;
+    hideTip();
+    if (!target || !target.dataset.tip) return;
+    tipped = target;
+    tip.textContent = target.dataset.tip;
+    if (!tip.isConnected) document.body.append(tip);
+    tip.hidden = false;
+    target.setAttribute("aria-describedby", "ql-tip");
+    const box = target.getBoundingClientRect();
+    const own = tip.getBoundingClientRect();
+    const left = Math.min(Math.max(8, box.left + box.width / 2 - own.width / 2), innerWidth - own.width - 8);
+    const above = box.top - own.height - 8;
+    tip.style.left = `${left}px`;
+    tip.style.top = `${above > 4 ? above : box.bottom + 8}px`;
+  }
+  function hideTip() {
+    tipped?.removeAttribute("aria-describedby");
+    tipped = null;
+    tip.hidden = true;
+  }
+  document.addEventListener("mouseover", showTip);
+  document.addEventListener("focusin", showTip);
+  document.addEventListener("focusout", hideTip);
+  document.addEventListener("scroll", hideTip, true);
+  document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
+
+  // Copy buttons.
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest("[data-copy]");
+    if (!button) return;
+    const text = document.getElementById(button.dataset.copy).textContent;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      // Pages served without https have no clipboard API.
+      const area = document.createElement("textarea");
+      area.value = text;
+      document.body.append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    const label = button.textContent;
+    button.textContent = button.dataset.copied;
+    setTimeout(() => (button.textContent = label), 1500);
+  });
+
+  // A file is written when its button is clicked; the hidden button then hands it over.
+  function download(id, tries = 40) {
+    const link = document.querySelector(`#${id} a[href], a#${id}[href]`);
+    const button = document.getElementById(id);
+    if (link) link.click();
+    else if (button) button.click();
+    else if (tries) setTimeout(() => download(id, tries - 1), 50);
+  }
+
+  window.quantlab = { download, client, watchClient, setLanguage, followRun, table, forward, chips, message };
+})();

@@ -1,0 +1,1 @@
+"""Compute only: linear layers on packed weights. Works on raw tensors, never imports quantlab."""

@@ -1,0 +1,63 @@
+"""Chooses the kernel of a linear layer, and says which it chose and why.
+
+Kernels are tried in order; each declares what it can do (`Kernel`) and is probed once, when first
+wanted. What none of them runs falls back to the reference: dequantize a tile and multiply.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from kernels import torch_int4, torch_w8a8
+from kernels.base import Choice, Kernel, Operands, Prepared, Problem
+
+KERNELS: tuple[Kernel, ...] = (torch_int4.KERNEL, torch_w8a8.KERNEL)
+REFERENCE = "reference"
+
+
+@functools.cache
+def probe(kernel: Kernel) -> str | None:
+    """None where the kernel works on this machine, else the reason it does not."""
+    try:
+        kernel.probe()
+    except Exception as error:  # a missing op, an unsupported CPU, a wrong product: all the same
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def choose(problem: Problem) -> tuple[Choice, Kernel | None]:
+    """The first kernel that covers `problem` and works here, or the reference (None)."""
+    reasons = []
+    for kernel in KERNELS:
+        reason = kernel.refusal(problem) or probe(kernel)
+        if reason is None:
+            return Choice(kernel.name, "packed", _covers(problem)), kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    return fallback("; ".join(reasons)), None
+
+
+def prepare(problem: Problem, operands: Callable[[], Operands]) -> tuple[Choice, Prepared | None]:
+    """Choose, and bring the weight into the kernel's layout; None means the reference runs it.
+
+    `operands` is called only where a kernel wants them: unpacked they take a byte a weight."""
+    choice, kernel = choose(problem)
+    if kernel is None:
+        return choice, None
+    try:
+        return choice, kernel.prepare(problem, operands())
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return fallback(f"{kernel.name}: {reason}"), None
+
+
+def fallback(why: str) -> Choice:
+    """The reference, for the reason given."""
+    return Choice(REFERENCE, "simulated", why)
+
+
+def _covers(problem: Problem) -> str:
+    p = problem
+    grid = "a grid a row" if p.group_size >= p.columns else f"groups of {p.group_size}"
+    inputs = {None: "", "token": ", inputs 8 bits per token", "tensor": ", inputs 8 bits static"}
+    return f"{p.bits} bits, {grid}{inputs[p.activation]}, {p.device}"

@@ -1,0 +1,104 @@
+"""What every op means, in plain torch: the fallback, and the oracle of the tests.
+
+The weight is w = (code - zero) * scale with one grid for each row and group of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TILE = 4 * 1024 * 1024
+"""Weights that `tiled_linear` dequantizes at a time (16 MiB as float32)."""
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    """(code - zero) * scale [rows, columns] in the dtype of `scales`.
+
+    codes [rows, columns]; scales, zeros [rows or 1, groups]; the last group may be ragged."""
+    columns = codes.shape[1]
+    scale = scales.repeat_interleave(group_size, 1)[:, :columns]
+    zero = zeros.repeat_interleave(group_size, 1)[:, :columns]
+    return (codes.to(scales.dtype) - zero) * scale
+
+
+def affine_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None
+) -> Tensor:
+    """y = x @ w.T + bias for x [m, columns], everything in the dtype of `x`."""
+    weight = dequantize(codes, scales.to(x.dtype), zeros.to(x.dtype), group_size)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def quantize_tensor(x: Tensor, scale: float, zero: int) -> Tensor:
+    """Codes 0 to 255 (as float) of x ~ (code - zero) * scale: one grid for the whole tensor."""
+    return torch.round(x / scale).add_(zero).clamp_(0, 255)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes -127 to 127 (as float) and steps [m, 1], step = max|x| / 127: one grid a row."""
+    steps = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return torch.round(x / steps), steps
+
+
+def quantize_input(
+    x: Tensor, input_scale: float | None, input_zero: int
+) -> tuple[Tensor, Tensor | float]:
+    """(code - zero, step) of the input, float32: per tensor with `input_scale`, per row if None."""
+    x = x if x.dtype == torch.float64 else x.float()
+    if input_scale is None:
+        return quantize_rows(x)
+    return quantize_tensor(x, input_scale, input_zero).sub_(input_zero), input_scale
+
+
+def w8a8_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    input_scale: float | None,
+    input_zero: int = 0,
+) -> Tensor:
+    """Integer codes times integer codes, summed exactly, then scaled: float64 [m, rows].
+
+    y[m, n] = step_x[m] * sum_g scale[n, g] * (sum_{k in g} (qx - zero_x)[m, k] (q - zero)[n, k])
+
+    The inner sums are whole numbers far below 2**53, so float64 arithmetic is exact.
+    `input_scale` None quantizes each row of x by its largest magnitude, else the whole tensor.
+    """
+    centred, step = quantize_input(x, input_scale, input_zero)
+    centred = centred.double()
+    total = torch.zeros(x.shape[0], codes.shape[0], dtype=torch.float64, device=x.device)
+    for group in range(scales.shape[1]):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        integers = codes[:, columns].double() - zeros[:, group, None].double()
+        total += (centred[:, columns] @ integers.T) * scales[:, group].double()
+    total = total * step
+    return total if bias is None else total + bias.double()
+
+
+def tiled_linear(
+    x: Tensor,
+    dequantize_rows: Callable[[int, int], Tensor],
+    rows: int,
+    bias: Tensor | None,
+    tile: int = TILE,
+) -> Tensor:
+    """y = x @ w.T + bias where only a tile of w exists at a time.
+
+    dequantize_rows(first, last) gives rows first to last - 1 of w; they are rounded to the dtype
+    of x [m, columns] and multiplied in it. Peak memory: about `tile` weights.
+    """
+    step = max(1, tile // x.shape[1])
+    if rows <= step:
+        weight = dequantize_rows(0, rows).to(x.dtype)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = x.new_empty(x.shape[0], rows)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        y[:, first:last] = x @ dequantize_rows(first, last).to(x.dtype).T
+    return y if bias is None else y.add_(bias.to(x.dtype))

@@ -1,0 +1,96 @@
+"""Answers to a person's prompts, streamed, and where a variant's answer leaves the original's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantlab.engine import TokenStreamer, encode_prompt, end_tokens
+from quantlab.metrics.speed import Decoder
+from quantlab.results import ResultRecord
+from quantlab.types import Emit, Generation, OutputDelta, Progress
+
+
+def answer_prompts(
+    session: Callable[[], Decoder],
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    label: str,
+    emit: Emit,
+) -> tuple[Generation, ...]:
+    """Greedy answers to every prompt, each piece emitted as it is decoded."""
+    answers = []
+    for index, prompt in enumerate(prompts):
+        emit(Progress(label, "answers", index, len(prompts), 0.0))
+        answering = Answering(session(), tokenizer, prompt, index, max_new_tokens, label, emit)
+        answers.append(next(done for done in answering.steps() if done is not None))
+    return tuple(answers)
+
+
+@dataclass
+class Answering:
+    """One greedy answer in the making; `index` is the prompt's place among the prompts."""
+
+    decoder: Decoder
+    tokenizer: Any
+    prompt: str
+    index: int
+    max_new_tokens: int
+    label: str
+    emit: Emit
+
+    def steps(self) -> Iterator[Generation | None]:
+        """None after every token, the whole answer at the end."""
+        streamer, stops = TokenStreamer(self.tokenizer), end_tokens(None, self.tokenizer)
+        tokens: list[int] = []
+        pieces: list[str] = []
+        token = self.decoder.prefill(encode_prompt(self.tokenizer, self.prompt))
+        while token not in stops:
+            tokens.append(token)
+            pieces.append(streamer.push(token))
+            self._tell(pieces[-1])
+            if len(tokens) >= self.max_new_tokens:
+                break
+            yield None
+            token = self.decoder.step(token)
+        rest = streamer.finish()
+        if rest and pieces:
+            pieces[-1] += rest
+            self._tell(rest)
+        yield Generation(self.prompt, "".join(pieces), tuple(tokens), tuple(pieces))
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self.emit(OutputDelta(self.label, self.index, text))
+
+
+def mark_divergence(
+    records: Sequence[ResultRecord], original: Sequence[Generation]
+) -> list[ResultRecord]:
+    """The records with every answer's `first_divergence` from the original's answer to it."""
+    by_prompt = {answer.prompt: answer for answer in original}
+    return [
+        dataclasses.replace(
+            record,
+            outputs=tuple(
+                dataclasses.replace(
+                    output, first_divergence=first_difference(output, by_prompt.get(output.prompt))
+                )
+                for output in record.outputs
+            ),
+        )
+        for record in records
+    ]
+
+
+def first_difference(answer: Generation, original: Generation | None) -> int | None:
+    """Index of the first token that differs (or that only one of the two has); None if equal."""
+    if original is None or answer.tokens == original.tokens:
+        return None
+    for index, (ours, theirs) in enumerate(zip(answer.tokens, original.tokens, strict=False)):
+        if ours != theirs:
+            return index
+    return min(len(answer.tokens), len(original.tokens))

@@ -1,0 +1,80 @@
+"""What a run will cost, before anything starts: from the model's size and this machine's speed."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+
+import torch
+
+from quantlab.environment import default_threads
+from quantlab.methods import METHODS
+from quantlab.models import CATALOGUE
+from quantlab.texts import fast_bfloat16
+from quantlab.types import Estimate, RunSpec
+
+EFFICIENCY = 0.35
+"""Share of a bare matrix product's speed that a whole forward pass reaches (attention, norms,
+conversions and memory take the rest); measured on the bundled model."""
+SECOND_MOMENT_COST = 1.5
+"""GPTQ and AWQ need, beside the passes, sums of x x^T in float32 and their search; in forward
+passes at float32 speed, measured on the bundled model."""
+DECODE_BYTES_PER_SECOND = 4e9
+FIXED_SECONDS = 8.0
+"""Loading, packing, saving and opening a variant of the bundled model."""
+
+
+@functools.cache
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a 512-cubed matrix product on this machine, measured once."""
+    a = torch.randn(512, 512).to(dtype)
+    a @ a
+    started = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - started < 0.03:
+        a @ a
+        rounds += 1
+    return rounds * 2 * 512**3 / (time.perf_counter() - started)
+
+
+@functools.cache
+def parameter_count(model: str) -> int | None:
+    """Weights of a catalogued model or of local files; None where it cannot be known yet."""
+    for entry in CATALOGUE:
+        if entry.id == model:
+            return entry.parameters
+    path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return path.stat().st_size * 2
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
+    return size // 2 or None
+
+
+def estimate(spec: RunSpec) -> Estimate:
+    """Seconds and bytes, from forward passes at this machine's measured matrix speed.
+
+    A plan, not a promise: it ignores what is cached already.
+    """
+    parameters = parameter_count(spec.model)
+    if parameters is None:
+        return Estimate(0.0, 0, "unknown until the model is loaded")
+    cores = default_threads()
+    share = min(spec.threads or cores, cores) / cores
+    single = matmul_rate(torch.float32) * share * EFFICIENCY
+    half = (matmul_rate(torch.bfloat16) if fast_bfloat16() else matmul_rate(torch.float32)) * share
+    forward = 2 * parameters
+    seconds = forward * spec.eval_tokens / single
+    scale = parameters / 134_515_008
+    for variant in spec.variants:
+        method = METHODS[variant.method]
+        seconds += FIXED_SECONDS * scale
+        seconds += forward * spec.eval_tokens / (half * EFFICIENCY)
+        seconds += (
+            len(spec.prompts) * spec.max_new_tokens * 2 * parameters / DECODE_BYTES_PER_SECOND
+        )
+        if method.needs:
+            seconds += 2 * forward * spec.calibration_tokens / (half * EFFICIENCY)
+        if "second_moment" in method.needs:
+            seconds += SECOND_MOMENT_COST * forward * spec.calibration_tokens / single
+    return Estimate(seconds, int(4 * parameters * 2 + 1.2e9), "")

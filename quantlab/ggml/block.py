@@ -1,0 +1,157 @@
+"""What a ggml block format is, and the byte arithmetic that the formats share.
+
+A ggml tensor row is a run of equal blocks; a block holds a fixed number of weights (32, or 256 for
+the K formats) as integer codes with one or two float16 factors. The layouts are those of
+`ggml-common.h` and `ggml-quants.c` in llama.cpp. Bytes are little-endian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HALF_MAX = 65504.0
+"""Largest finite float16. Factors beyond it are clamped, so no block ever decodes to inf or NaN."""
+
+_INPUT_MAX = float(2**30)
+# Above the largest value that any format here can hold (q6_k: 65504 * 127 * 32), so clamping to it
+# changes no representable weight and keeps the squares inside the searches finite.
+
+QuantizeBlocks = Callable[[Tensor, Tensor | None], Tensor]
+DequantizeBlocks = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """One ggml block format.
+
+    `quantize(blocks, importance)` takes float32 `[n, block_size]` and, optionally, the weight of
+    each squared error, float32 `[n, block_size]`; it returns uint8 `[n, block_bytes]`.
+    `dequantize(data)` takes uint8 `[n, block_bytes]` and returns float32 `[n, block_size]`.
+
+    `row_weighted`: llama.cpp multiplies the importance of this format by
+    `sqrt(mean(row ** 2) + x ** 2)` with the mean over the whole row, which a block alone cannot
+    know; `quantize_rows` does it, a caller of `quantize` passes final error weights.
+    """
+
+    name: str
+    type_id: int
+    """The number of this type in GGUF files (`ggml_type`)."""
+    block_size: int
+    """Weights a block."""
+    block_bytes: int
+    """Bytes a block."""
+    quantize: QuantizeBlocks
+    dequantize: DequantizeBlocks
+    bits: int
+    """Nominal bits a weight, without the factors."""
+    row_weighted: bool = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, factors included."""
+        return 8.0 * self.block_bytes / self.block_size
+
+
+def round_to_half(values: Tensor) -> Tensor:
+    """Round float32 to the nearest float16, clamped to the finite range; returned as float32."""
+    return values.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).to(torch.float32)
+
+
+def half_to_bytes(values: Tensor) -> Tensor:
+    """float32 `[n]` to the bytes of the nearest finite float16, uint8 `[n, 2]`."""
+    half = values.clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
+    return half.contiguous().view(torch.uint8).view(-1, 2)
+
+
+def bytes_to_half(data: Tensor) -> Tensor:
+    """uint8 `[n, 2]` to the float16 it spells, as float32 `[n, 1]`."""
+    return data.contiguous().view(torch.float16).to(torch.float32)
+
+
+def safe_reciprocal(values: Tensor) -> Tensor:
+    """1 / values, with 0 where the quotient is not finite (zeros and the smallest subnormals)."""
+    inverse = values.reciprocal()
+    return inverse.where(inverse.isfinite(), torch.zeros_like(inverse))
+
+
+def divide_constant(constant: float, values: Tensor) -> Tensor:
+    """constant / values, correctly rounded.
+
+    `constant / tensor` in Python multiplies with a rounded reciprocal, which is off by a bit.
+    """
+    return torch.div(torch.tensor(constant, dtype=values.dtype, device=values.device), values)
+
+
+def clamp_input(values: Tensor) -> Tensor:
+    """Values within +-2**30, beyond which no format reaches."""
+    return values.clamp(-_INPUT_MAX, _INPUT_MAX)
+
+
+def exact_sqrt(values: Tensor) -> Tensor:
+    """Correctly rounded float32 square root, as C's sqrtf.
+
+    torch's own is a vector-library routine that is off by a bit now and then.
+    """
+    return values.to(torch.float64).sqrt_().to(torch.float32)
+
+
+def to_columns(values: Tensor, size: int) -> Tensor:
+    """Cut blocks into sub-blocks and lay one sub-block a column.
+
+    float32 `[n, k * size]` to `[size, n * k]`: element-wise work and sums over dimension 0 then run
+    along contiguous memory.
+    """
+    return values.reshape(-1, size).t().contiguous()
+
+
+def input_columns(blocks: Tensor, size: int) -> Tensor:
+    """`to_columns` of the weights themselves, kept within +-2**30."""
+    return to_columns(clamp_input(blocks), size)
+
+
+def from_columns(codes: Tensor, block_size: int) -> Tensor:
+    """Undo `to_columns` for integer-valued codes: float `[size, m]` to uint8 `[n, block_size]`."""
+    return codes.to(torch.uint8).t().contiguous().view(-1, block_size)
+
+
+def signed_extreme(x: Tensor) -> Tensor:
+    """The value of largest magnitude in each column, its sign kept; the first one in a tie.
+
+    Args: x float32 `[size, m]`. Returns float32 `[m]`.
+    """
+    low, high = x.amin(0), x.amax(0)
+    extreme = torch.where(high >= -low, high, low)
+    tie = ((high == -low) & (high != 0)).nonzero().squeeze(1)
+    if tie.numel():
+        # +a and -a in one block (common with bfloat16 weights): ggml keeps whichever comes first.
+        tied = x[:, tie]
+        first = tied.abs().argmax(0, keepdim=True)
+        extreme[tie] = tied.gather(0, first).squeeze(0)
+    return extreme + 0.0  # a negative zero would give the scale of a zero block another sign
+
+
+def pack_fields(codes: Tensor, width: int) -> Tensor:
+    """Lay several small codes side by side in a byte.
+
+    Args: codes uint8 `[n, groups, k]`, each below `2 ** width`; width in bits.
+    Returns: uint8 `[n, k]`, group g in the bits from `g * width`.
+    """
+    packed = codes[:, 0].clone()
+    for group in range(1, codes.shape[1]):
+        packed |= codes[:, group] << (group * width)
+    return packed
+
+
+def unpack_fields(data: Tensor, width: int, groups: int) -> Tensor:
+    """Undo `pack_fields`: uint8 `[n, k]` to uint8 `[n, groups, k]`."""
+    shifts = torch.arange(groups, dtype=torch.uint8, device=data.device) * width
+    return (data.unsqueeze(1) >> shifts.view(1, -1, 1)) & ((1 << width) - 1)
+
+
+def join_bytes(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate the fields of a block: uint8 `[n, a]`, `[n, b]`, ... to `[n, a + b + ...]`."""
+    return torch.cat(list(parts), dim=1)

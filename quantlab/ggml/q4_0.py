@@ -1,0 +1,67 @@
+"""q4_0: 32 weights in 18 bytes, 4.5 bits a weight. x = d * (q - 8), q in 0 ... 15.
+
+Bytes (`block_q4_0` in ggml-common.h): d float16, then 16 bytes whose low nibbles are q[0..15] and
+whose high nibbles are q[16..31].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block import (
+    HALF_MAX,
+    BlockFormat,
+    bytes_to_half,
+    half_to_bytes,
+    input_columns,
+    join_bytes,
+    pack_fields,
+    safe_reciprocal,
+    signed_extreme,
+    to_columns,
+    unpack_fields,
+)
+from .search import symmetric_search
+
+
+def symmetric_codes(blocks: Tensor, importance: Tensor | None, half: int) -> tuple[Tensor, Tensor]:
+    """d and the codes of q4_0 (half 8) and q5_0 (half 16).
+
+    Without importance the value of largest magnitude maps to code 0, so d = extreme / -half and
+    q = floor(x / d + half + 0.5). With importance d is searched.
+
+    Returns: d float32 `[n]`; codes uint8 `[n, 32]` in 0 ... 2 * half - 1.
+    """
+    x = input_columns(blocks, 32)
+    if importance is None:
+        d = (signed_extreme(x) / -half).clamp_(-HALF_MAX, HALF_MAX)
+        q = (x * safe_reciprocal(d)).add_(half + 0.5).clamp_(0, 2 * half - 1)
+    else:
+        d, inverse = symmetric_search(x, to_columns(importance, 32), half)
+        q = (x * inverse).round_().clamp_(-half, half - 1).add_(half).masked_fill_(inverse == 0, 0)
+    return d, q.to(torch.uint8).t().contiguous()
+
+
+def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    """float32 `[n, 32]`, error weights `[n, 32]` or None, to uint8 `[n, 18]`."""
+    d, codes = symmetric_codes(blocks, importance, 8)
+    return join_bytes((half_to_bytes(d), pack_fields(codes.view(-1, 2, 16), 4)))
+
+
+def dequantize(data: Tensor) -> Tensor:
+    """uint8 `[n, 18]` to float32 `[n, 32]`."""
+    codes = unpack_fields(data[:, 2:], 4, 2).reshape(-1, 32)
+    return bytes_to_half(data[:, :2]) * (codes.to(torch.float32) - 8)
+
+
+FORMAT = BlockFormat(
+    name="q4_0",
+    type_id=2,
+    block_size=32,
+    block_bytes=18,
+    quantize=quantize,
+    dequantize=dequantize,
+    bits=4,
+    row_weighted=True,
+)

@@ -1,0 +1,59 @@
+"""q5_0: 32 weights in 22 bytes, 5.5 bits a weight. x = d * (q - 16), q in 0 ... 31.
+
+Bytes (`block_q5_0` in ggml-common.h): d float16, qh 4 bytes (bit j is the fifth bit of q[j]), then
+16 bytes whose low nibbles are the lower four bits of q[0..15] and whose high nibbles q[16..31].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block import (
+    BlockFormat,
+    bytes_to_half,
+    half_to_bytes,
+    join_bytes,
+    pack_fields,
+    unpack_fields,
+)
+from .q4_0 import symmetric_codes
+
+
+def pack_five_bits(codes: Tensor) -> Tensor:
+    """qh and the nibbles of five-bit codes: uint8 `[n, 32]` to `[n, 20]`."""
+    # Bit j of the 32 is bit j % 8 of byte j // 8: fields of one bit along the last axis.
+    high = pack_fields((codes >> 4).view(-1, 4, 8).transpose(1, 2), 1)
+    low = pack_fields((codes & 15).view(-1, 2, 16), 4)
+    return join_bytes((high, low))
+
+
+def unpack_five_bits(data: Tensor) -> Tensor:
+    """Undo `pack_five_bits`: uint8 `[n, 20]` to codes uint8 `[n, 32]`."""
+    high = unpack_fields(data[:, :4], 1, 8).transpose(1, 2).reshape(-1, 32)
+    low = unpack_fields(data[:, 4:], 4, 2).reshape(-1, 32)
+    return low | (high << 4)
+
+
+def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    """float32 `[n, 32]`, error weights `[n, 32]` or None, to uint8 `[n, 22]`."""
+    d, codes = symmetric_codes(blocks, importance, 16)
+    return join_bytes((half_to_bytes(d), pack_five_bits(codes)))
+
+
+def dequantize(data: Tensor) -> Tensor:
+    """uint8 `[n, 22]` to float32 `[n, 32]`."""
+    codes = unpack_five_bits(data[:, 2:])
+    return bytes_to_half(data[:, :2]) * (codes.to(torch.float32) - 16)
+
+
+FORMAT = BlockFormat(
+    name="q5_0",
+    type_id=6,
+    block_size=32,
+    block_bytes=22,
+    quantize=quantize,
+    dequantize=dequantize,
+    bits=5,
+    row_weighted=True,
+)

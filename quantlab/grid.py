@@ -1,0 +1,134 @@
+"""The arithmetic of uniform quantization grids: ranges, scales, zero-points, rounding.
+
+A weight `w` (float32 `[rows, columns]`) is cut along its columns into groups of `group_size`; the
+last group may be shorter. Each group of each row has a step `scale` and an integer `zero`:
+
+    code = clamp(round(w / scale) + zero, 0, 2**bits - 1)        w ~ (code - zero) * scale
+
+Symmetric (absmax) grids fix `zero = 2**(bits - 1)` and take the step from the largest magnitude;
+asymmetric (zero-point) grids span [min, max] extended to contain 0.
+Sources: Jacob et al. 2018 (arXiv 1712.05877, eq. 1-3); Dettmers et al. 2022 (arXiv 2208.07339, 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quantlab.errors import ConfigError
+
+SHRINK = torch.linspace(1.0, 0.5, 41)
+"""Candidate fractions of the full range that the clipping search tries."""
+
+TINY = 1e-12
+"""A step is never smaller, so that an all-zero group stays finite. Representable steps begin far
+above it; a group this small is zero for every purpose."""
+
+
+def by_group(
+    weight: Tensor, group_size: int, fn: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Apply `fn` ([rows, groups, size] -> two tensors [rows, groups]) to whole groups and to the
+    ragged rest, and join the answers along the groups. Raises: ConfigError for group_size < 1."""
+    if group_size < 1:
+        raise ConfigError(f"group_size={group_size}: needs at least 1")
+    rows, columns = weight.shape
+    whole = columns // group_size * group_size
+    parts = []
+    if whole:
+        parts.append(fn(weight[:, :whole].reshape(rows, -1, group_size)))
+    if whole < columns:
+        parts.append(fn(weight[:, whole:].reshape(rows, 1, -1)))
+    return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
+
+
+def spread(values: Tensor, group_size: int, columns: int) -> Tensor:
+    """Per-group values [rows or 1, groups] repeated to every column: [rows or 1, columns]."""
+    return values.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def range_to_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of the grid that spans [low, high]; `zero` is integral, both float32."""
+    levels = 2**bits - 1
+    if symmetric:
+        # absmax: codes -(2^(b-1)-1) ... 2^(b-1)-1, so that +absmax is hit exactly.
+        magnitude = torch.maximum(low.abs(), high.abs())
+        scale = (magnitude / max(2 ** (bits - 1) - 1, 1)).clamp_min(TINY)
+        return scale, torch.full_like(scale, float(2 ** (bits - 1)))
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / levels).clamp_min(TINY)
+    zero = torch.round(-low / scale).clamp(0, levels)
+    return scale, zero
+
+
+def to_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Integer codes (as float) of `weight` on broadcastable grids."""
+    return torch.round(weight / scale).add_(zero).clamp_(0, 2**bits - 1)
+
+
+def from_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The meaning of codes: (code - zero) * scale."""
+    return (codes - zero) * scale
+
+
+def find_grid(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool,
+    clip: bool = False,
+    moment: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Grids of every group of `weight`: (scale, zero), both float32 [rows, groups].
+
+    With `clip`, each group's range is multiplied by the fraction in `SHRINK` that minimises the
+    group's squared output error d M d^T, d = q(w) - w, where M is the group's diagonal block of
+    `moment` (second moment of the inputs, float32 [columns, columns]); without `moment`, M = 1.
+    Scales are rounded to `scale_dtype` before use, so that stored and searched grids are the same.
+    """
+    start = 0
+
+    def solve(values: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal start
+        count, size = values.shape[1:]
+        blocks = None if moment is None else diagonal_blocks(moment, start, count, size)
+        start += count * size
+        low, high = values.amin(-1), values.amax(-1)
+        scale, zero = _rounded(*range_to_grid(low, high, bits, symmetric), scale_dtype)
+        if not clip:
+            return scale, zero
+        best = torch.full_like(scale, float("inf"))
+        best_scale, best_zero = scale, zero
+        for fraction in SHRINK.tolist():
+            grid = range_to_grid(low * fraction, high * fraction, bits, symmetric)
+            s, z = _rounded(*grid, scale_dtype)
+            codes = to_codes(values, s[..., None], z[..., None], bits)
+            error = from_codes(codes, s[..., None], z[..., None]).sub_(values)
+            if blocks is None:
+                total = error.square_().sum(-1)
+            else:
+                total = (torch.einsum("rgi,gij->rgj", error, blocks) * error).sum(-1)
+            better = total < best
+            best = torch.where(better, total, best)
+            best_scale = torch.where(better, s, best_scale)
+            best_zero = torch.where(better, z, best_zero)
+        return best_scale, best_zero
+
+    return by_group(weight, group_size, solve)
+
+
+def diagonal_blocks(moment: Tensor, start: int, count: int, size: int) -> Tensor:
+    """`count` diagonal blocks of `moment` from index `start`: [count, size, size]."""
+    index = (start + torch.arange(count * size)).reshape(count, size)
+    return moment[index[:, :, None], index[:, None, :]]
+
+
+def _rounded(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if dtype == torch.float32:
+        return scale, zero
+    tiny = torch.finfo(dtype).tiny
+    return scale.clamp_min(tiny).to(dtype).float(), zero

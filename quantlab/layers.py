@@ -1,0 +1,204 @@
+"""QuantLinear: a packed weight with the kernel that runs it, in the place of an nn.Linear."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import dispatch, reference
+from kernels.base import Choice, Operands, Prepared, Problem
+from quantlab.packing import (
+    AffineWeight,
+    GGMLWeight,
+    PackedWeight,
+    describe,
+    pack_bits,
+    restore,
+)
+from quantlab.types import Execution
+
+
+class QuantLinear(nn.Module):
+    """y = x @ w.T + bias on a packed weight; any leading shape, any float dtype in and out.
+
+    Inside, activations are `dtype`, which `.to(dtype)` of the model does not change: a kernel is
+    chosen for it. `.choice` says which kernel runs and why. A kernel that keeps the codes in a
+    layout of its own keeps the only copy of them; `.weight_packed` rebuilds the plain weight from
+    it exactly. Layers without a kernel dequantize a tile at a time and keep nothing. No gradient
+    flows. `nbytes` and `bits_per_weight` are those of the plain packed weight.
+    """
+
+    choice: Choice
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
+        self.nbytes, self.bits_per_weight = weight.nbytes, weight.bits_per_weight
+        self._install(weight, None if bias is None else bias.detach().clone())
+
+    def _install(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        """Choose a kernel where the weight is, and register what it keeps as buffers."""
+        self.device = next(iter(weight.tensors().values())).device
+        self.register_buffer("bias", bias)
+        self.choice, self._prepared = self._prepare(weight, bias)
+        self._plain = weight if self._prepared is None else None
+        self._description = describe(weight)
+        kept = dict(weight.tensors())
+        if self._prepared is not None:
+            del kept["codes"]
+            layout = self._prepared.tensors()
+            kept |= {f"kernel_{name}": tensor for name, tensor in layout.items()}
+        for name in [name for name in self._buffers if name != "bias"]:
+            del self._buffers[name]
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _prepare(self, weight: PackedWeight, bias: Tensor | None) -> tuple[Choice, Prepared | None]:
+        if not isinstance(weight, AffineWeight):
+            kind = weight.type if isinstance(weight, GGMLWeight) else type(weight).__name__
+            return dispatch.fallback(f"no kernel for {kind} weights"), None
+        activation = weight.activation
+        problem = Problem(
+            rows=self.out_features,
+            columns=self.in_features,
+            bits=weight.bits,
+            group_size=min(weight.group_size, self.in_features),
+            symmetric=weight.symmetric,
+            activation=None if activation is None else activation.kind,
+            device=self.device.type,
+            dtype=self.dtype,
+        )
+
+        def operands() -> Operands:
+            codes, scales, zeros = weight.unpacked()
+            if activation is None:
+                return Operands(codes, scales, zeros, bias)
+            return Operands(codes, scales, zeros, bias, activation.scale, activation.zero)
+
+        return dispatch.prepare(problem, operands)
+
+    @property
+    def weight_packed(self) -> PackedWeight:
+        """The plain packed weight, bit for bit the one the layer was made from."""
+        if self._plain is not None:
+            return self._plain
+        assert self._prepared is not None
+        tensors = {
+            name: tensor
+            for name, tensor in self._buffers.items()
+            if tensor is not None and name in ("scales", "zeros")
+        }
+        bits = self._description["bits"]
+        assert isinstance(bits, int)
+        tensors["codes"] = pack_bits(self._prepared.codes(), bits)
+        return restore(self._description, tensors)
+
+    @property
+    def weight(self) -> Tensor:
+        """For code that asks a linear for the dtype, device or shape of its weight; its values are
+        NaN, so that arithmetic on it is noticed. Takes no memory."""
+        nan = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+        return nan.expand(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has {x.shape[-1]} features, this layer {self.in_features}")
+        shape = (*x.shape[:-1], self.out_features)
+        if not x.numel():
+            return x.new_empty(shape)
+        rows = x.detach().reshape(-1, self.in_features).to(self.dtype)
+        y = self._simulate(rows) if self._prepared is None else self._prepared(rows)
+        return y.to(x.dtype).view(shape)
+
+    def _simulate(self, x: Tensor) -> Tensor:
+        weight = self._plain
+        assert weight is not None
+
+        def tile(first: int, last: int) -> Tensor:
+            return dequantize_rows(weight, first, last)
+
+        activation = weight.activation if isinstance(weight, AffineWeight) else None
+        if activation is None:
+            return reference.tiled_linear(x, tile, self.out_features, self.bias)
+        scale = activation.scale if activation.kind == "tensor" else None
+        # Centred codes are whole numbers up to 255: exact in bfloat16.
+        centred, step = reference.quantize_input(x, scale, activation.zero)
+        y = reference.tiled_linear(centred.to(x.dtype), tile, self.out_features, None).float()
+        y = y * step
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """`.to(device)`: move the plain weight and choose again there. Dtypes stay as they are."""
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
+        if device != self.device:
+            weight: Any = self.weight_packed
+            moved = {name: tensor.to(device) for name, tensor in weight.tensors().items()}
+            bias = None if self.bias is None else self.bias.to(device)
+            self._install(dataclasses.replace(weight, **moved), bias)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made from the plain weight; kernel layouts can be opaque."""
+        return QuantLinear, (self.weight_packed, self.bias, self.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, {self.bits_per_weight:.2f} bits a weight, "
+            f"{self.choice.kernel} ({self.choice.execution})"
+        )
+
+
+def dequantize_rows(weight: PackedWeight, first: int, last: int) -> Tensor:
+    """Rows first to last - 1 of the weight, float32."""
+    if isinstance(weight, GGMLWeight):
+        return dataclasses.replace(weight, data=weight.data[first:last]).dequantize()
+    if not isinstance(weight, AffineWeight):
+        return weight.dequantize()[first:last]
+    shared = weight.scales.shape[0] == 1
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor if shared else tensor[first:last]
+
+    return dataclasses.replace(
+        weight,
+        codes=weight.codes[first:last],
+        scales=part(weight.scales),
+        zeros=None if weight.zeros is None else part(weight.zeros),
+    ).dequantize()
+
+
+def replace_linear(parent: nn.Module, name: str, linear: nn.Module) -> None:
+    """Put `linear` in the place of the submodule `name` (a dotted path) of `parent`.
+
+    Raises: AttributeError where there is none."""
+    path, _, leaf = name.rpartition(".")
+    owner = parent.get_submodule(path)
+    owner.get_submodule(leaf)
+    setattr(owner, leaf, linear)
+
+
+def kernel_report(model: nn.Module) -> tuple[str, Execution, tuple[str, ...]]:
+    """(kernels that run, 'packed' only if every layer is, the fallbacks taken) of a model.
+
+    A model without QuantLinears runs torch's own matmul on its own weights, which is 'packed'."""
+    choices = [m.choice for m in model.modules() if isinstance(m, QuantLinear)]
+    if not choices:
+        first = next(iter(model.parameters()), None)
+        dtype = "none" if first is None else str(first.dtype).removeprefix("torch.")
+        return f"torch matmul ({dtype})", "packed", ()
+    names = " + ".join(dict.fromkeys(choice.kernel for choice in choices))
+    simulated = Counter(choice for choice in choices if choice.execution == "simulated")
+    fallbacks = tuple(
+        f"{count} of {len(choices)} layers by {choice.kernel}: {choice.why}"
+        for choice, count in simulated.items()
+    )
+    return names, "simulated" if simulated else "packed", fallbacks

@@ -1,0 +1,68 @@
+"""Everything measured of one prepared variant, in one place and one order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from quantlab.answers import answer_prompts
+from quantlab.errors import MethodError
+from quantlab.metrics.memory import peak_rss_bytes, reset_peak
+from quantlab.metrics.quality import Reference, measure_quality
+from quantlab.models import ModelSource
+from quantlab.results import ResultRecord
+from quantlab.types import Emit, Progress, RunSpec, VariantSpec
+from quantlab.variants import Prepared, open_runner
+
+
+def measure(
+    blank: ResultRecord,
+    variant: VariantSpec,
+    prepared: Prepared,
+    source: ModelSource,
+    tokenizer: Any,
+    windows: list[Tensor],
+    bos: int | None,
+    reference: Reference | None,
+    spec: RunSpec,
+    emit: Emit,
+) -> ResultRecord:
+    """`blank` with quality, speed, memory and answers filled in, status finished.
+
+    Raises: MethodError when the variant gives no finite perplexity.
+    """
+    label = variant.label
+    reset_peak()
+    runner = open_runner(variant, prepared, source, bos, spec)
+    try:
+        quality = measure_quality(runner, windows, reference, label, emit)
+        if quality.perplexity is None:
+            raise MethodError(
+                "the quantized model predicts nothing finite: its perplexity is not a number",
+                "use more bits, smaller groups, or another calibration text",
+            )
+        emit(Progress(label, "speed", 0, 1, 0.0))
+        speed = runner.speed()
+        outputs = answer_prompts(
+            runner.session, tokenizer, spec.prompts, spec.max_new_tokens, label, emit
+        )
+        return dataclasses.replace(
+            blank,
+            status="finished",
+            **dataclasses.asdict(quality),
+            size_bytes=prepared.size_bytes,
+            bits_per_weight=8 * prepared.size_bytes / prepared.parameters,
+            quantize_seconds=prepared.seconds,
+            peak_rss_bytes=max(peak_rss_bytes(), prepared.peak_rss or 0),
+            prefill_tokens_per_second=speed and speed.prefill_tokens_per_second,
+            decode_tokens_per_second=speed and speed.decode_tokens_per_second,
+            time_to_first_token_seconds=speed and speed.time_to_first_token_seconds,
+            kernel=runner.kernel,
+            execution=runner.execution,
+            fallbacks=prepared.fallbacks + runner.fallbacks,
+            outputs=outputs,
+        )
+    finally:
+        runner.close()

@@ -1,0 +1,199 @@
+"""What a quantization method is, and the register of all of them.
+
+A method is one file in this folder with one `@register`ed class. Lists on the page, the help of the
+command line, the README's table and the contract tests all come from here and from the frozen
+`Config` of each entry, whose fields carry label, range and help in their metadata (`option`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import Tensor
+
+from quantlab.calibration import ActStats, StatKind
+from quantlab.errors import ConfigError
+from quantlab.models import Block
+from quantlab.packing import PackedWeight
+from quantlab.types import OptionValue, VariantSpec
+
+Default = TypeVar("Default")
+
+
+def option(
+    default: Default,
+    label: str,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    step: float | None = None,
+    choices: tuple[OptionValue, ...] | None = None,
+    paper: str = "",
+) -> Default:
+    """A `Config` field: its default, its label and help for page and command line, its range.
+
+    `choices` makes a drop-down, a bool a checkbox, `minimum`/`maximum` a bounded number.
+    `paper` says what the paper uses, where that differs from the default.
+    """
+    metadata = {
+        "label": label,
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "step": step,
+        "choices": choices,
+        "paper": paper,
+    }
+    return cast(Default, dataclasses.field(default=default, metadata=metadata))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a method. Subclasses add fields with `option`; `bits` and `group_size` are
+    filled from the variant and the run where a method has them."""
+
+    def validate(self) -> None:
+        """Refuse combinations that cannot work.
+
+        Raises: ConfigError that names the option and what would be right.
+        """
+        for field in dataclasses.fields(self):
+            check_option(field, getattr(self, field.name))
+
+    def to_json(self) -> dict[str, OptionValue]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def check_option(field: dataclasses.Field[Any], value: object) -> None:
+    """Raise ConfigError when `value` has the wrong type or lies outside the field's range."""
+    meta = field.metadata
+    kind = type(field.default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{field.name}={value!r}: needs a {kind.__name__}")
+    choices = meta.get("choices")
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{field.name}={value}: choose one of {', '.join(map(str, choices))}")
+    low, high = meta.get("minimum"), meta.get("maximum")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if low is not None and value < low:
+            raise ConfigError(f"{field.name}={value}: needs at least {low}")
+        if high is not None and value > high:
+            raise ConfigError(f"{field.name}={value}: needs at most {high}")
+
+
+class Quantizer(ABC):
+    """A method: names, what it needs, and the arithmetic on one block.
+
+    `bits` lists the bit widths a person can ask for (empty: the method has none to choose).
+    `needs` lists the activation statistics `quantize_block` reads; none means no calibration.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    bits: ClassVar[tuple[int, ...]] = ()
+    needs: ClassVar[tuple[StatKind, ...]] = ()
+    quantizes: ClassVar[bool] = True
+    Config: ClassVar[type[Config]]
+
+    @abstractmethod
+    def quantize_block(
+        self, block: Block, stats: Mapping[str, ActStats], config: Any
+    ) -> dict[str, PackedWeight]:
+        """Quantize every linear of `block`.
+
+        `stats` maps each linear's name to the statistics of its input. Norms (and, for folds, other
+        linears) of the block may be rewritten in place, such that the float function stays equal.
+        Returns the packed weight of each linear by name. Raises MethodError.
+        """
+
+    def quantize_outer(
+        self, weight: Tensor, kind: str, tied_head: bool, config: Any
+    ) -> PackedWeight | None:
+        """Quantize the embedding ('token_embd') or head ('output'); None leaves it in 16 bits.
+
+        weight: float [rows, columns]; `tied_head` says that the embedding serves as head too.
+        """
+        return None
+
+    def weight_bits(self, config: Any) -> int:
+        """Nominal bits a weight, without scales."""
+        return int(config.bits)
+
+    def activation_bits(self, config: Any) -> int:
+        """Bits of the activations that enter the matrix products."""
+        return 16
+
+
+_REGISTRY: dict[str, Quantizer] = {}
+Method = TypeVar("Method", bound=type[Quantizer])
+
+
+def register(cls: Method) -> Method:
+    """Class decorator: one instance of the method becomes part of QuantLab."""
+    _REGISTRY[cls.name] = cls()
+    return cls
+
+
+def registry() -> Mapping[str, Quantizer]:
+    return _REGISTRY
+
+
+def build_config(method: Quantizer, variant: VariantSpec, group_size: int | None = None) -> Any:
+    """The frozen `Config` of a variant: its options over the run's group size over the defaults.
+
+    Raises: ConfigError for an unknown option, a value out of range or bits the method lacks.
+    """
+    fields = {f.name: f for f in dataclasses.fields(method.Config)}
+    values: dict[str, OptionValue] = {}
+    if "group_size" in fields and group_size is not None:
+        values["group_size"] = group_size
+    if method.bits:
+        bits = method.bits[0] if variant.bits is None else variant.bits
+        if bits not in method.bits:
+            allowed = ", ".join(map(str, method.bits))
+            raise ConfigError(
+                f"{variant.label}: {method.name} has no {bits} bits; choose {allowed}"
+            )
+        values["bits"] = bits
+    elif variant.bits is not None:
+        raise ConfigError(f"{variant.label}: {method.name} has no bits to choose")
+    for key, value in variant.options:
+        if key not in fields or key == "bits":
+            known = ", ".join(sorted(set(fields) - {"bits"})) or "none"
+            raise ConfigError(f"{variant.label}: unknown option {key}; {method.name} has {known}")
+        values[key] = parse_option(fields[key], value)
+    config = method.Config(**values)
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise ConfigError(f"{variant.label}: {error}", error.hint) from None
+    return config
+
+
+_PARSERS: dict[type, Callable[[str], OptionValue]] = {int: int, float: float, str: str}
+
+
+def parse_option(field: dataclasses.Field[Any], value: OptionValue) -> OptionValue:
+    """Text from the command line to the type of the field's default; other values pass."""
+    kind = type(field.default if field.default is not MISSING else "")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"{field.name}={value}: needs true or false")
+        return value.lower() == "true"
+    try:
+        return _PARSERS[kind](value)
+    except ValueError:
+        raise ConfigError(f"{field.name}={value}: needs a {kind.__name__}") from None

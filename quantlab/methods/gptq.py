@@ -1,0 +1,194 @@
+"""GPTQ: quantize column by column, and push each column's error into the columns not yet done.
+
+With inputs x, the layer's squared output error for a change d of a weight row is d H d^T, H the
+second moment of x. Fixing column j at its rounded value and minimising over the later columns gives
+
+    d_later = -(w_j - q_j) / U_jj * U_j,later        U = upper Cholesky factor of H^-1
+
+Source: Frantar et al. 2022, arXiv 2210.17323, section 3 and algorithm 1 (lazy blocks, Cholesky).
+The weight is worked on transposed, so that a column is contiguous in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab.calibration import ActStats
+from quantlab.errors import ConfigError, MethodError
+from quantlab.grid import find_grid, spread
+from quantlab.methods import base
+from quantlab.models import Block
+from quantlab.packing import PackedWeight, affine
+
+LAZY_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Config(base.Config):
+    bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=8)
+    group_size: int = base.option(
+        64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="128"
+    )
+    symmetric: bool = base.option(
+        False, "Symmetric", "Grid around zero; otherwise with a zero-point.", paper="false"
+    )
+    act_order: bool = base.option(
+        True,
+        "Act-order",
+        "Quantize the columns with the largest activations first, while most others are still "
+        "free to compensate.",
+        paper="added by its authors' code after the paper",
+    )
+    static_groups: bool = base.option(
+        True,
+        "Static groups",
+        "Fix every group's grid before any column is changed; act-order needs it, so that groups "
+        "stay contiguous.",
+    )
+    clip: bool = base.option(
+        True, "MSE clipping", "Shrink each group's range to where its output error is least."
+    )
+    damp_percent: float = base.option(
+        0.1,
+        "Damping",
+        "Fraction of the mean diagonal added to H before it is inverted.",
+        minimum=1e-4,
+        maximum=10.0,
+        step=0.01,
+        paper="0.01",
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.act_order and not self.static_groups:
+            raise ConfigError("act_order=true needs static_groups=true")
+
+
+@base.register
+class GPTQ(base.Quantizer):
+    name = "gptq"
+    title = "GPTQ"
+    paper = "arXiv 2210.17323"
+    summary = "Compensates each column's rounding error in the columns after it, by second moments."
+    bits = (4, 2, 3, 8)
+    needs = ("second_moment",)
+    Config = Config
+
+    def quantize_block(
+        self, block: Block, stats: Mapping[str, ActStats], config: Config
+    ) -> dict[str, PackedWeight]:
+        packed: dict[str, PackedWeight] = {}
+        for paths in shared_inputs(stats):
+            # Rows never interact, so linears with the same input are one taller matrix.
+            weight = torch.cat([block.linears[path].weight for path in paths]).float()
+            moment = stats[paths[0]].second_moment
+            assert moment is not None
+            rows = [block.linears[path].weight.shape[0] for path in paths]
+            codes, scale, zero = gptq(weight, moment, config)
+            group = min(config.group_size, weight.shape[1])
+            for path, c, s, z in zip(
+                paths, codes.split(rows), scale.split(rows), zero.split(rows), strict=True
+            ):
+                stored_zero = None if config.symmetric else z
+                packed[path] = affine(c, s, stored_zero, config.bits, group)
+        return packed
+
+
+def shared_inputs(stats: Mapping[str, ActStats]) -> list[list[str]]:
+    """Paths of linears, those that read the same input together."""
+    groups: dict[int, list[str]] = {}
+    for path, value in stats.items():
+        groups.setdefault(id(value), []).append(path)
+    return list(groups.values())
+
+
+def gptq(weight: Tensor, moment: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes uint8 [rows, columns], scale, zero float32 [rows, groups]) of one matrix.
+
+    weight: float32 [rows, columns]; moment: float32 [columns, columns], mean of x x^T.
+    Raises: MethodError when `moment` is not finite.
+    """
+    if not bool(torch.isfinite(moment).all()):
+        raise MethodError("gptq: the calibration activations are not finite")
+    columns = weight.shape[1]
+    group = min(config.group_size, columns)
+    dead = moment.diagonal() <= 0
+    weight = weight.masked_fill(dead, 0.0)
+    order = torch.arange(columns)
+    if config.act_order:
+        order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    upper = inverse_factor(moment[order][:, order], dead[order], config.damp_percent)
+
+    def grid(values: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        last = first + values.shape[1]
+        return find_grid(
+            values,
+            config.bits,
+            group,
+            symmetric=config.symmetric,
+            clip=config.clip,
+            moment=moment[first:last, first:last],
+            scale_dtype=torch.float16,
+        )
+
+    rows = weight.shape[0]
+    groups = -(-columns // group)
+    scale, zero = grid(weight, 0) if config.static_groups else (torch.empty(rows, groups),) * 2
+    if not config.static_groups:
+        scale, zero = scale.clone(), zero.clone()
+    column_scale = spread(scale, group, columns).t()[order].contiguous()
+    column_zero = spread(zero, group, columns).t()[order].contiguous()
+    work = weight.t()[order].contiguous()
+    codes = torch.empty_like(work)
+    top = 2**config.bits - 1
+    for start in range(0, columns, LAZY_BLOCK):
+        stop = min(start + LAZY_BLOCK, columns)
+        errors = torch.empty(stop - start, rows)
+        for j in range(start, stop):
+            if not config.static_groups and j % group == 0:
+                # The grid of a group follows from its weights as compensated so far; columns past
+                # this lazy block have not seen the block's errors yet.
+                end = min(j + group, columns)
+                pending = upper[start:j, j:end].t() @ errors[: j - start]
+                ahead = work[j:end].clone()
+                ahead[stop - j :] -= pending[stop - j :]
+                s, z = grid(ahead.t().contiguous(), j)
+                scale[:, j // group], zero[:, j // group] = s[:, 0], z[:, 0]
+                column_scale[j:end], column_zero[j:end] = s.t(), z.t()
+            value = work[j]
+            code = torch.round(value / column_scale[j]).add_(column_zero[j]).clamp_(0, top)
+            codes[j] = code
+            quantized = (code - column_zero[j]) * column_scale[j]
+            error = (value - quantized) / upper[j, j]
+            errors[j - start] = error
+            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
+        work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.t().to(torch.uint8), scale, zero
+
+
+def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float) -> Tensor:
+    """U, upper triangular float32 [columns, columns], with U^T U = (H + damping)^-1.
+
+    Damping starts at `damp_percent` of the mean diagonal and grows tenfold while the factorization
+    fails in float32. Raises: MethodError when it never succeeds.
+    """
+    moment = moment.clone()
+    diagonal = moment.diagonal()
+    diagonal[dead] = 1.0
+    # Channels that never fire get weight 1 so that they decouple without upsetting the mean.
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.mean()
+    diagonal += damp_percent * mean
+    for _ in range(4):
+        lower, info = torch.linalg.cholesky_ex(moment)
+        if int(info) == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0:
+                return upper
+        diagonal += 10 * damp_percent * mean
+    raise MethodError("gptq: H cannot be inverted; raise damp_percent or calibrate on more tokens")

@@ -1,0 +1,223 @@
+"""Loading a model, float32, with its tokenizer and its row of the architecture table."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlab.errors import ModelError
+from quantlab.models import bundled
+from quantlab.models.blocks import longest_module_list
+from quantlab.models.families import FAMILIES, Family, generic_family
+from quantlab.models.source import ModelSource, locate
+from quantlab.paths import home
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory. `module` is transformers' causal LM, in eval mode, gradients off;
+    `gguf` the GGUF file it came from (its tokenizer and metadata can be copied from there)."""
+
+    source: ModelSource
+    module: Any
+    tokenizer: Any
+    family: Family
+    gguf: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def load(
+    name: str | ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load by name (see `locate`). Raises: ModelError with one message."""
+    source = (
+        locate(name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        if isinstance(name, str)
+        else name
+    )
+    if source.kind == "quantlab":
+        raise ModelError(
+            f"model: {source.name} is already quantized; evaluate or generate with it, "
+            "or quantize its original"
+        )
+    notes: tuple[str, ...] = ()
+    gguf = source.path if source.kind in ("gguf", "bundled") else None
+    if source.kind == "bundled":
+        folder, notes = prepare_bundled(), (bundled.NOTE,)
+        module, tokenizer = _from_transformers(str(folder), dtype, False, False, None)
+    else:
+        where = str(source.path) if source.path is not None else source.name
+        file = None
+        if source.kind == "gguf":
+            assert source.path is not None
+            where, file = str(source.path.parent), source.path.name
+        module, tokenizer = _from_transformers(where, dtype, allow_pickle, trust_remote_code, file)
+    family = family_of(module)
+    if not family.first_class:
+        notes += (f"{family.name} is not in the architecture table: generic path, no folds",)
+    return LoadedModel(source, prepare_module(module), tokenizer, family, gguf, notes)
+
+
+def family_of(module: nn.Module) -> Family:
+    """The row of the architecture table for a transformers model, or a generic one."""
+    model_type = str(module.config.model_type)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    return generic_family(model_type, longest_module_list(module))
+
+
+def prepare_module(module: Any) -> Any:
+    """Eval mode, no gradients, and GPT-2's transposed Conv1D layers as plain linears."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, child in list(module.named_modules()):
+        if isinstance(child, Conv1D):
+            rows = child.weight.shape[1]
+            linear = nn.Linear(child.weight.shape[0], rows, dtype=child.weight.dtype, device="meta")
+            linear.weight = nn.Parameter(child.weight.detach().t().contiguous())
+            linear.bias = nn.Parameter(child.bias.detach())
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, linear)
+    return module.eval().requires_grad_(False)
+
+
+def skeleton(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The module (weights uninitialised, GPT-2's linears in place) and tokenizer that a folder's
+    config describes; for formats that bring their own weights. Raises: ModelError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with _quiet_transformers(), _one_message(folder.name):
+        config = AutoConfig.from_pretrained(folder)
+        with no_init_weights():
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        module.tie_weights()
+        return prepare_module(module), load_tokenizer(str(folder))
+
+
+def load_tokenizer(where: str, file: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, Hub id or GGUF file."""
+    from transformers import AutoTokenizer
+
+    extra = {} if file is None else {"gguf_file": file}
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+
+
+def load_tokenizer_of(source: ModelSource) -> Any:
+    """The tokenizer of a model that need not be loaded itself. Raises: ModelError."""
+    with _quiet_transformers(), _one_message(source.name):
+        if source.kind == "bundled":
+            return load_tokenizer(str(prepare_bundled()))
+        if source.kind == "gguf":
+            assert source.path is not None
+            return load_tokenizer(str(source.path.parent), source.path.name)
+        return load_tokenizer(source.name if source.path is None else str(source.path))
+
+
+def prepare_bundled() -> Path:
+    """The folder of the rebuilt and permuted bundled model, made the first time.
+
+    Raises: ModelError when the package is missing; OSError when the disk is full.
+    """
+    folder = home() / "models" / "bundled-1"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    from safetensors.torch import save_file
+
+    gguf = bundled.find_gguf()
+    module, tokenizer = _from_transformers(str(gguf.parent), torch.float32, False, False, gguf.name)
+    config = module.config
+    state: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    }
+    state = bundled.permute_channels(state, config.num_attention_heads, config.num_key_value_heads)
+    # The module still carries transformers' GGUF quantizer, which refuses save_pretrained.
+    del config.quantization_config
+    config._name_or_path = bundled.REBUILT
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+    with _quiet_transformers():
+        config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+def _from_transformers(
+    where: str, dtype: torch.dtype, allow_pickle: bool, trust_remote_code: bool, file: str | None
+) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    extra: dict[str, Any] = {} if file is None else {"gguf_file": file}
+    if file is None and not allow_pickle:
+        extra["use_safetensors"] = True
+    with _quiet_transformers(), _one_message(file or where):
+        module = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+        )
+        return module, load_tokenizer(where, file, trust_remote_code)
+
+
+class _one_message:
+    """Turns whatever transformers raises while loading into one ModelError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ModelError, MemoryError)) or not isinstance(error, Exception):
+            return
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"model: {self.name} cannot be loaded ({reason})") from None
+
+
+class _quiet_transformers:
+    """No progress bars and no advice on stderr while transformers loads; restored afterwards."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._restore: Callable[[], None] = logging.enable_progress_bar
+        self._verbosity = logging.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        # Some bars are drawn with plain tqdm, which no switch of transformers reaches.
+        self._stderr = contextlib.redirect_stderr(io.StringIO())
+        self._stderr.__enter__()
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.utils import logging
+
+        self._warnings.__exit__(None, None, None)
+        self._stderr.__exit__(None, None, None)
+        logging.set_verbosity(self._verbosity)
+        self._restore()

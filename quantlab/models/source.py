@@ -1,0 +1,154 @@
+"""From a model's name to files that may be trusted: what it is, where it lies, what it hashes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quantlab.errors import ModelError
+
+ARTIFACT_FILE = "quantlab.json"
+"""Present in a folder that `quantize --format quantlab` wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """`path` is a folder or a .gguf file (None for a Hub id); `fingerprint` identifies the weights:
+    sha256 of the weight files, or the Hub's commit."""
+
+    name: str
+    kind: Literal["bundled", "folder", "gguf", "hub", "quantlab"]
+    path: Path | None
+    fingerprint: str
+
+
+def locate(
+    name: str, *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> ModelSource:
+    """Find a model without loading it.
+
+    `name` is 'bundled', a folder, a .gguf file or a Hub id (owner/name). Raises: ModelError that
+    says what was looked for, and names the flag where pickles or remote code would be needed.
+    """
+    if not name.strip():
+        raise ModelError("model: empty; use bundled, a Hub id, a folder or a .gguf file")
+    if name == "bundled":
+        from quantlab.models.bundled import find_gguf
+
+        gguf = find_gguf()
+        return ModelSource(name, "bundled", gguf, f"bundled:{gguf.name}:{gguf.stat().st_size}:1")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"model: {name} is a file but not a .gguf; give its folder instead")
+        check_gguf(path)
+        return ModelSource(name, "gguf", path, _hash_files([path]))
+    if path.is_dir():
+        if (path / ARTIFACT_FILE).is_file():
+            return ModelSource(name, "quantlab", path, _hash_files(sorted(path.iterdir())))
+        files = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        return ModelSource(name, "folder", path, _hash_files(files))
+    if path.suffix.lower() == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model: no such file or folder: {name}; "
+            "use bundled, a Hub id (owner/name), a folder or a .gguf file"
+        )
+    return ModelSource(name, "hub", None, _hub_revision(name))
+
+
+def check_folder(path: Path, *, allow_pickle: bool, trust_remote_code: bool) -> list[Path]:
+    """The weight files of a transformers folder, headers checked. Raises: ModelError."""
+    config = read_json(path / "config.json")
+    if config.get("auto_map") and not trust_remote_code:
+        raise ModelError(
+            f"model: {path.name} brings its own Python code; it runs only with --trust-remote-code"
+        )
+    shards = sorted(path.glob("*.safetensors"))
+    if shards:
+        for shard in shards:
+            check_safetensors(shard)
+        return shards
+    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if not pickles:
+        raise ModelError(f"model: {path} holds no .safetensors weights")
+    if not allow_pickle:
+        raise ModelError(
+            f"model: {path.name} has only pickle weights ({pickles[0].name}), which can run code "
+            "when loaded; convert them to safetensors or pass --allow-pickle"
+        )
+    return pickles
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ModelError unless the file's header is sound and all its bytes are there."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"model: {path.name} is corrupt or truncated ({error})") from None
+
+
+def check_gguf(path: Path) -> None:
+    """Raise ModelError unless the GGUF header can be read and all tensor bytes are there."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(str(path))
+        architecture = reader.get_field("general.architecture")
+    except Exception as error:  # the reader raises numpy and struct errors of every kind
+        reason = str(error) or type(error).__name__
+        raise ModelError(f"model: {path.name} is not a readable GGUF file ({reason})") from None
+    if architecture is None or not reader.tensors:
+        raise ModelError(f"model: {path.name} is a GGUF file without a language model")
+    last = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
+    if last > path.stat().st_size:
+        raise ModelError(
+            f"model: {path.name} is truncated: {path.stat().st_size} of {last} bytes are there"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises: ModelError when missing or malformed."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model: {path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {path} cannot be read ({error})") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"model: {path} does not hold a JSON object")
+    return data
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _hub_revision(name: str) -> str:
+    """The commit of a Hub model, from the network or the local cache. Raises: ModelError."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return f"hub:{Path(cached).parent.name}"
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise ModelError(f"model: {name} is not in the local Hub cache and HF_HUB_OFFLINE is set")
+    try:
+        return f"hub:{HfApi().model_info(name, timeout=10).sha}"
+    except Exception as error:
+        raise ModelError(
+            f"model: {name} is no local folder, and the Hub did not have it or cannot be reached "
+            f"({type(error).__name__}); check the spelling and the network, or use bundled"
+        ) from None

@@ -1,0 +1,236 @@
+"""The results table, the verdict and the answers as HTML, for the page and the report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from quantlab.plots import numbers, palette, table, verdict
+from quantlab.plots.templates import render
+from quantlab.plots.words import Words, words
+from quantlab.results import ResultRecord
+from quantlab.types import Generation
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A variant without a record yet: `state` waiting or running, and how far it is."""
+
+    variant: str
+    state: str
+    note: str
+    percent: int = 0
+
+
+def results_table(
+    records: Sequence[ResultRecord],
+    pending: Mapping[str, Pending] | None = None,
+    order: Sequence[str] = (),
+    language: str | None = None,
+) -> str:
+    """One row a variant in `order` (default: the records'); '' when there is nothing to show."""
+    say = words(language)
+    by_name = {record.variant: record for record in records}
+    waiting = dict(pending or {})
+    names = list(order) or [*by_name, *(name for name in waiting if name not in by_name)]
+    winners = table.best_cells(records)
+    rows = []
+    for name in names:
+        if name in by_name:
+            rows.append(_record_row(by_name[name], winners, say))
+        elif name in waiting:
+            rows.append(_pending_row(waiting[name]))
+    columns = [column.key for column in table.COLUMNS]
+    return render("table.html", language, rows=rows, columns=columns)
+
+
+def _record_row(record: ResultRecord, winners: dict[str, str], say: Words) -> dict[str, object]:
+    done = record.status == "finished"
+    return {
+        "variant": record.variant,
+        "method": record.method,
+        "label": palette.short(record),
+        "state": record.status,
+        "cells": table.cells(record, winners) if done else [],
+        "badges": table.badges(record),
+        "error": record.error or say("error_unknown"),
+        "hint": record.hint,
+        "details": details(record, say) if done else [],
+    }
+
+
+def _pending_row(row: Pending) -> dict[str, object]:
+    return {
+        "variant": row.variant,
+        "method": row.variant.partition(":")[0],
+        "label": palette.variant_label(row.variant),
+        "state": row.state,
+        "cells": [],
+        "badges": [],
+        "details": [],
+        "note": row.note,
+        "percent": row.percent,
+    }
+
+
+def details(record: ResultRecord, say: Words) -> list[tuple[str, str]]:
+    """What the table leaves out: kernel, fallbacks, options, intervals, artifact."""
+    rows = [
+        (say("column_kernel"), record.kernel or numbers.NOTHING),
+        (say("column_memory"), numbers.gigabytes(record.peak_rss_bytes)),
+        (say("detail_activation_bits"), str(record.activation_bits or numbers.NOTHING)),
+        (say("detail_perplexity_ci"), interval(record.perplexity_ci, numbers.perplexity)),
+        (say("detail_kl_ci"), interval(record.kl_divergence_ci, numbers.divergence)),
+    ]
+    rows += [(key.replace("_", " "), _plain(value)) for key, value in record.config.items()]
+    rows += [(say("badge_fallback"), fallback) for fallback in record.fallbacks]
+    if record.artifact:
+        rows.append((say("detail_artifact"), record.artifact))
+    return rows
+
+
+def interval(ends: tuple[float, float] | None, text: object) -> str:
+    """A 95% interval in words: `29.1 to 30.4`, as the page writes numbers (`text`)."""
+    if ends is None or not callable(text):
+        return numbers.NOTHING
+    return f"{text(ends[0])} … {text(ends[1])}"
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def verdict_box(
+    records: Sequence[ResultRecord], partial: bool = False, language: str | None = None
+) -> str:
+    lines = verdict.sentences(records, language)
+    return render("verdict.html", language, lines=lines, partial=partial)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One variant's answer to one prompt: a finished record, or the text so far."""
+
+    variant: str
+    state: str
+    record: ResultRecord | None = None
+    text: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One prompt and everybody's answer to it; `index` is the prompt's place in its run."""
+
+    run_id: str
+    prompt: str
+    index: int
+    columns: tuple[Column, ...]
+    note: str = ""
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+def answers(blocks: Sequence[Block], language: str | None = None) -> str:
+    """Prompts with the variants' answers side by side, the original first."""
+    say = words(language)
+    shown = []
+    for block in blocks:
+        columns = sorted(block.columns, key=_original_last, reverse=True)
+        reference = _reference_pieces(columns, block.index)
+        shown.append(
+            {
+                "run_id": block.run_id,
+                "prompt": block.prompt,
+                "note": block.note,
+                "columns": [_column(c, block.index, reference, say) for c in columns],
+            }
+        )
+    return render("answers.html", language, blocks=shown)
+
+
+def _original_last(column: Column) -> bool:
+    return palette.style(column.variant.partition(":")[0]).reference
+
+
+def _output(column: Column, index: int) -> Generation | None:
+    record = column.record
+    if record is None or record.status != "finished" or index >= len(record.outputs):
+        return None
+    return record.outputs[index]
+
+
+def _reference_pieces(columns: Sequence[Column], index: int) -> tuple[str, ...]:
+    for column in columns:
+        if _original_last(column):
+            output = _output(column, index)
+            return output.pieces if output else ()
+    return ()
+
+
+def _column(
+    column: Column, index: int, reference: tuple[str, ...], say: Words
+) -> dict[str, object]:
+    output = _output(column, index)
+    record = column.record
+    values: dict[str, object] = {
+        "variant": column.variant,
+        "method": column.variant.partition(":")[0],
+        "label": palette.variant_label(column.variant),
+        "state": column.state,
+        "note": column.note,
+        "facts": [],
+        "share": None,
+        "share_label": "",
+        "error": None,
+        "hint": None,
+        "pieces": [{"kind": "shared", "text": column.text.lstrip(" "), "tip": ""}],
+    }
+    if record is not None and record.status == "failed":
+        values |= {"error": record.error or say("error_unknown"), "hint": record.hint}
+    if output is None:
+        return values
+    total = len(output.tokens)
+    same = total if output.first_divergence is None else output.first_divergence
+    facts = []
+    if record is not None and record.decode_tokens_per_second is not None:
+        facts.append(say("answer_speed", speed=numbers.speed(record.decode_tokens_per_second)))
+    if _original_last(column):
+        facts.append(say("answer_tokens", total=total))
+    elif reference:
+        fact = say("answer_same", total=total) if same == total else ""
+        facts.append(fact or say("answer_shared", same=same, total=total))
+        values["share"] = round(100 * same / total) if total else 100
+        values["share_label"] = facts[-1]
+    return values | {"facts": facts, "pieces": pieces(output, reference, say)}
+
+
+def pieces(output: Generation, reference: Sequence[str], say: Words) -> list[dict[str, str]]:
+    """The answer cut where it leaves the original: shared text, first other token, the rest."""
+    first = output.first_divergence
+    if first is None or not output.pieces:
+        return [{"kind": "shared", "text": output.text.lstrip(" "), "tip": ""}]
+    tip = (
+        say("answer_first", token=first + 1, original=_visible(reference[first]))
+        if first < len(reference)
+        else say("answer_first_end", token=first + 1)
+    )
+    cut = [{"kind": "shared", "text": "".join(output.pieces[:first]).lstrip(" "), "tip": ""}]
+    if first < len(output.pieces):
+        after = first + 1
+        while after < len(output.pieces) and not "".join(output.pieces[first:after]):
+            after += 1  # A letter of several tokens shows with its last one.
+        ringed = _visible_break("".join(output.pieces[first:after]))
+        cut.append({"kind": "first", "text": ringed, "tip": tip})
+        cut.append({"kind": "after", "text": "".join(output.pieces[after:]), "tip": ""})
+    else:  # It stopped where the original went on.
+        cut.append({"kind": "first", "text": "∎", "tip": tip})
+    return cut
+
+
+def _visible(piece: str) -> str:
+    """A token as a person can see it, its white space too."""
+    return piece.replace("\n", "⏎").replace(" ", "␣") or "∎"
+
+
+def _visible_break(piece: str) -> str:
+    return piece if piece.strip() else piece.replace("\n", "⏎\n").replace(" ", "␣") or "∎"

@@ -1,0 +1,106 @@
+"""A variant ready to run: logits of windows, greedy decoding, and what it honestly is.
+
+Two engines stand behind one face: transformers modules with QuantLab's layers, and llama.cpp for
+GGUF files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantlab.engine import Choose, Session, greedy
+from quantlab.layers import kernel_report
+from quantlab.llamacpp import LlamaCpp, version
+from quantlab.metrics.quality import TorchScorer
+from quantlab.metrics.speed import Decoder, Speed, measure_speed
+from quantlab.types import Execution
+
+
+class Runner(Protocol):
+    """`kernel`, `execution` and `fallbacks` go into the record as they are."""
+
+    kernel: str
+    execution: Execution
+    fallbacks: tuple[str, ...]
+
+    def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]: ...
+    def session(self, choose: Choose = greedy) -> Decoder: ...
+    def speed(self) -> Speed | None: ...
+    def close(self) -> None: ...
+
+
+class TorchRunner:
+    """A transformers module whose linears may be QuantLinears."""
+
+    def __init__(self, module: Any, bos: int | None, device: str, context: int) -> None:
+        self.module = module.to(device)
+        self._scorer = TorchScorer(self.module, bos)
+        self._context = context
+        self.kernel, self.execution, self.fallbacks = kernel_report(self.module)
+
+    def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+        return self._scorer.chunks(window)
+
+    def session(self, choose: Choose = greedy) -> Decoder:
+        return Session(self.module, choose)
+
+    def speed(self) -> Speed | None:
+        """None for simulated arithmetic: its time says nothing about the packed weights."""
+        if self.execution == "simulated":
+            return None
+        vocabulary = self.module.get_input_embeddings().weight.shape[0]
+        return measure_speed(self.session(), vocabulary, self._context)
+
+    def close(self) -> None:
+        self.module = torch.nn.Module()
+
+
+class LlamaCppRunner:
+    """A GGUF file in llama.cpp. Prompts and windows need different contexts, opened one at a
+    time."""
+
+    fallbacks: tuple[str, ...] = ()
+    execution: Execution = "packed"
+
+    def __init__(self, path: Path, bos: int | None, threads: int, context: int) -> None:
+        self._path, self._bos, self._threads, self._context = path, bos, threads, context
+        self._open: LlamaCpp | None = None
+        self._every = False
+        self.kernel = version()
+        self._engine(False)
+
+    def _engine(self, every: bool) -> LlamaCpp:
+        if self._open is None or self._every != every:
+            self.close()
+            self._open = LlamaCpp(self._path, self._threads, self._context, every)
+            self._every = every
+        return self._open
+
+    def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+        engine = self._engine(True)
+        if self._bos is None:
+            yield from engine.chunks(window)
+            return
+        ids = torch.cat([window.new_tensor([self._bos]), window])
+        for start, logits in engine.chunks(ids):
+            yield max(start - 1, 0), logits[1:] if start == 0 else logits
+
+    def session(self, choose: Choose = greedy) -> Decoder:
+        engine = self._engine(False)
+        engine.choose = choose
+        return engine
+
+    def speed(self) -> Speed | None:
+        engine = self._engine(False)
+        engine.choose = greedy
+        return measure_speed(engine, engine.vocabulary, self._context)
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None

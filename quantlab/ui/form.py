@@ -1,0 +1,141 @@
+"""The Compare form as data: its fields, the RunSpec they make, and where an error belongs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from quantlab.errors import ConfigError, ModelError, QuantLabError, TextError
+from quantlab.methods import METHODS
+from quantlab.plots.words import Words
+from quantlab.types import RunSpec
+from quantlab.ui import variants
+
+NUMBERS = (
+    "group_size",
+    "calibration_tokens",
+    "calibration_length",
+    "eval_tokens",
+    "window",
+    "max_new_tokens",
+    "threads",
+    "seed",
+)
+FIELDS = (
+    "model",
+    "variants",
+    "calibration",
+    "text",
+    "prompts",
+    *NUMBERS,
+    "device",
+    "allow_pickle",
+    "trust_remote_code",
+)
+"""The inputs of the form in the order in which handlers receive them."""
+
+PROMPTS = (
+    "The three most important inventions of the nineteenth century were",
+    "Write one short paragraph about why the sea is salty.",
+)
+
+PLACES = ("model", "variants", "texts", "prompts", "advanced", "run")
+"""Where a message can stand: beside one group of controls, or beside the Run button."""
+
+_PLACE_OF = {
+    "model": "model",
+    "allow_pickle": "advanced",
+    "trust_remote_code": "advanced",
+    "methods": "variants",
+    "calibration": "texts",
+    "text": "texts",
+    "evaluation": "texts",
+    "prompts": "prompts",
+    "prompt": "prompts",
+    "max_new_tokens": "prompts",
+    **dict.fromkeys(set(NUMBERS) - {"max_new_tokens"}, "advanced"),
+    "device": "advanced",
+}
+
+
+def values_of(spec: RunSpec) -> dict[str, Any]:
+    """The form's values that make this spec."""
+    values: dict[str, Any] = {name: getattr(spec, name) for name in FIELDS}
+    values["variants"] = variants.write([variants.chip(one) for one in spec.variants])
+    values["prompts"] = "\n".join(spec.prompts)
+    return values
+
+
+def defaults() -> dict[str, Any]:
+    """What the form shows at first: one click on Run is the default comparison."""
+    values = values_of(RunSpec(prompts=PROMPTS))
+    values["variants"] = variants.defaults()
+    return values
+
+
+def restored(saved: object) -> dict[str, Any]:
+    """The form as the browser kept it; what is missing or of another kind is the default."""
+    values = defaults()
+    if not isinstance(saved, Mapping):
+        return values
+    for name, value in values.items():
+        kept = saved.get(name)
+        if type(kept) is type(value) or (isinstance(kept, int) and isinstance(value, float)):
+            values[name] = kept
+    try:
+        values["variants"] = variants.write(variants.read(values["variants"]))
+    except (KeyError, TypeError, AttributeError):
+        values["variants"] = variants.defaults()
+    return values
+
+
+def lines(text: str | None) -> tuple[str, ...]:
+    """One prompt a line; empty lines are left out."""
+    return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
+
+
+def spec_of(values: Mapping[str, Any], say: Words) -> RunSpec:
+    """The comparison that the form describes.
+
+    Raises: ConfigError that names the field, for numbers that are missing or not whole and for
+    variants that cannot be.
+    """
+    numbers = {name: _whole(name, values[name], say) for name in NUMBERS}
+    chosen = variants.specs(values["variants"], numbers["group_size"])
+    if not chosen:
+        raise ConfigError(f"methods: {say('error_no_variants')}")
+    return RunSpec(
+        model=str(values["model"] or "").strip(),
+        variants=chosen,
+        calibration=str(values["calibration"] or "").strip(),
+        text=str(values["text"] or "").strip(),
+        prompts=lines(values["prompts"]),
+        device=str(values["device"]),
+        allow_pickle=bool(values["allow_pickle"]),
+        trust_remote_code=bool(values["trust_remote_code"]),
+        **numbers,
+    )
+
+
+def _whole(name: str, value: object, say: Words) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise ConfigError(f"{name}: {say('error_number', field=say(name))}")
+    return int(value)
+
+
+def place_of(error: QuantLabError) -> str:
+    """Beside which controls an error is shown, from its kind and the argument it names."""
+    if isinstance(error, TextError):
+        return "texts"
+    if isinstance(error, ModelError):
+        return "model"
+    if not isinstance(error, ConfigError):
+        return "run"
+    # `gptq:4: group_size=0: …` is about a variant, `group_size=0: …` about a field of the form.
+    words = re.findall(r"[a-z_0-9]+", str(error).lower().replace("-", "_"))
+    first = words[0] if words else ""
+    if first in METHODS:
+        own = next((word for word in words[1:4] if word in _PLACE_OF), "")
+        return "advanced" if own == "group_size" else "variants"
+    return _PLACE_OF.get(first, "run")

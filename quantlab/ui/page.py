@@ -1,0 +1,106 @@
+"""The whole page: header, tabs, and the timer that keeps every piece up to date."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gradio as gr
+
+from quantlab.plots.words import NAMES
+from quantlab.ui import compare, form, outputs, runs, variants
+from quantlab.ui.client import Client
+from quantlab.ui.painter import SLOW, paint
+from quantlab.ui.services import services
+from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
+
+ARRIVE = "(told, saved) => [JSON.stringify(window.quantlab.client()), saved]"
+
+
+def build() -> gr.Blocks:
+    """The page, ready for `server.launch`. Nothing is started or computed."""
+    with gr.Blocks(title="QuantLab", fill_width=True, analytics_enabled=False) as demo:
+        shared = Shared(gr.State(Client()), gr.State(""), gr.State({}))
+        pieces: dict[str, Any] = {"timer": gr.Timer(SLOW)}
+        told = gr.Textbox(visible="hidden", elem_id="client", container=False)
+        probe = html("probe", "quantlab.watchClient(trigger)", events=("client",))
+        with gr.Row(elem_id="frame", equal_height=False):
+            pieces["header"] = html("header", "quantlab.followRun(element, watch)", scale=1)
+            language = gr.Dropdown(
+                [(name, code) for code, name in NAMES.items()],
+                value="en",
+                label=i18n("language"),
+                elem_id="language",
+                filterable=False,
+                scale=0,
+                min_width=130,
+            )
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab(i18n("tab_compare"), id="compare", elem_id="tab-compare"):
+                compare_tab = compare.build(shared)
+            with gr.Tab(i18n("tab_outputs"), id="outputs", elem_id="tab-outputs"):
+                outputs_tab = outputs.build(shared)
+            with gr.Tab(i18n("tab_runs"), id="runs", elem_id="tab-runs") as runs_page:
+                runs_tab = runs.build(shared)
+
+        pieces |= compare_tab.pieces | outputs_tab.pieces | runs_tab.pieces
+        pieces |= {f"figure_{name}": plot for name, plot in compare_tab.figures.items()}
+        inputs = [compare_tab.inputs[name] for name in form.FIELDS]
+
+        def tick(client: Client, run_id: str, painted: dict[str, str]) -> dict[Any, Any]:
+            painting = paint(client, run_id, painted)
+            changed = {pieces[name]: value for name, value in painting.changed.items()}
+            return changed | {shared.painted: painting.marks}
+
+        watched = [shared.client, shared.run_id, shared.painted]
+        shown = [*pieces.values(), shared.painted]
+        arrived = demo.load(
+            _arrive,
+            [told, compare_tab.saved],
+            [shared.client, shared.run_id, shared.painted, language, compare_tab.chips, *inputs],
+            js=ARRIVE,
+            **BUSY,
+        )
+        told_anew = probe.client(
+            _told_anew,
+            compare_tab.inputs["variants"],
+            [shared.client, language, compare_tab.chips],
+            **QUIET,
+        )
+        opened = runs_page.select(lambda: services().history(fresh=True) and None, **QUIET)
+        used = runs_tab.use.click(
+            _use, [shared.client, shared.run_id], [tabs, runs_tab.notice, *inputs], **QUIET
+        )
+        language.input(None, language, None, js="(code) => window.quantlab.setLanguage(code)")
+        pieces["timer"].tick(tick, watched, shown, **QUIET)
+        for event in [arrived, told_anew, opened, used, *shared.repaint]:
+            event.then(tick, watched, shown, **QUIET)
+    return demo
+
+
+def _arrive(told: str, saved: object) -> list[Any]:
+    """A browser tab has opened or reloaded the page: find its run and its form again."""
+    client = Client.of(json.loads(told or "{}"))
+    values = form.restored(saved)
+    return [
+        client,
+        services().first_in_view(client.run),
+        {},
+        client.language,
+        variants.chips_html(values["variants"], client.language),
+        *(values[name] for name in form.FIELDS),
+    ]
+
+
+def _told_anew(data: list[dict[str, Any]], event: gr.EventData) -> tuple[Client, str, str]:
+    """The theme or the language of the browser tab has changed."""
+    client = Client.of(event._data)
+    return client, client.language, variants.chips_html(data, client.language)
+
+
+def _use(client: Client, run_id: str) -> list[Any]:
+    """Put the settings of the run in view into the form, and show the form."""
+    values, note = runs.settings(client, run_id)
+    if values is None:
+        return [gr.skip(), note, *(gr.skip() for _ in form.FIELDS)]
+    return [gr.Tabs(selected="compare"), note, *(values[name] for name in form.FIELDS)]

@@ -1,0 +1,95 @@
+"""The store and the job queue behind the page: one of each a process, made when first needed."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from quantlab import pipeline
+from quantlab.jobs import JobQueue
+from quantlab.plots import palette
+from quantlab.runs import ACTIVE, Run
+from quantlab.store import Store
+from quantlab.types import RunSpec, VariantSpec
+
+_LOCK = threading.Lock()
+HISTORY = 100
+"""Runs that the page lists, newest first."""
+
+
+def title(variant: VariantSpec) -> str:
+    return palette.variant_label(variant.label)
+
+
+@dataclass
+class Services:
+    """What the tabs work with. `history` is read again only when something has changed."""
+
+    store: Store
+    queue: JobQueue
+    _mark: object = None
+    _history: tuple[Run, ...] = ()
+
+    def history(self, *, fresh: bool = False) -> tuple[Run, ...]:
+        """The latest runs, newest first, with their records.
+
+        Reading them all is too slow to do twice a second, so it happens when the queue has
+        changed, or when `fresh` is asked for (a tab was opened, a run deleted).
+        """
+        mark = (self.queue.active(), tuple(self.queue.waiting()))
+        with _LOCK:
+            if fresh or mark != self._mark:
+                self._history = tuple(self.store.runs(HISTORY))
+                self._mark = mark
+            return self._history
+
+    def answers_to(self, run_id: str) -> list[str]:
+        """Ids of the runs that answered further prompts for a comparison, newest first."""
+        return [r.id for r in self.history() if r.kind == "answer" and r.parent == run_id]
+
+    def first_in_view(self, wanted: str) -> str:
+        """The run a fresh page shows: the one its address names, else what runs, else the newest.
+
+        '' when there is none.
+        """
+        known = self.history(fresh=True)
+        ids = {run.id: run for run in known}
+        if wanted in ids:
+            return self.comparison_of(wanted)
+        active = self.queue.active()
+        if active is not None:
+            return self.comparison_of(active)
+        waiting = [run for run in known if run.status in ACTIVE]
+        if waiting:
+            return self.comparison_of(waiting[-1].id)
+        return next((run.id for run in known if run.kind == "compare"), "")
+
+    def comparison_of(self, run_id: str) -> str:
+        """The comparison a run belongs to: itself, or the parent of answers."""
+        run = self.store.run_head(run_id)
+        return run.parent if run.kind == "answer" and run.parent else run.id
+
+
+_services: Services | None = None
+
+
+def services() -> Services:
+    """The one `Services` of this process; the first call starts the queue."""
+    global _services
+    with _LOCK:
+        if _services is None:
+            store = Store()
+            queue = JobQueue(store, title=title)
+            queue.start()
+            atexit.register(queue.stop)
+            _services = Services(store, queue)
+        return _services
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """This machine, as the pipeline describes it for a default run."""
+    return pipeline.environment(RunSpec())

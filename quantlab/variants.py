@@ -1,0 +1,189 @@
+"""From a variant to something on disk that can run: quantize once, keep, open.
+
+What is measured is what was written: a fresh variant is read back from its artifact like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantlab.blockwise import quantize_blocks, quantize_outer
+from quantlab.environment import default_threads, resolve_device
+from quantlab.errors import ConfigError
+from quantlab.export import gguf, quantlab_format
+from quantlab.methods import METHODS, configure
+from quantlab.metrics.memory import peak_rss_bytes, reset_peak
+from quantlab.models import LoadedModel, ModelSource, load
+from quantlab.runners import LlamaCppRunner, Runner, TorchRunner
+from quantlab.types import Emit, Progress, RunSpec, VariantSpec
+
+ABOUT = "about.json"
+GGUF_FILE = "model.gguf"
+MAX_CONTEXT = 2048
+
+Kind = Literal["unquantized", "quantlab", "gguf"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Quantized weights on disk. `seconds` and `peak_rss` are of the quantizing itself, None where
+    nothing was quantized; `size_bytes` of all weights; `fallbacks` what could not be had."""
+
+    kind: Kind
+    path: Path
+    size_bytes: int
+    parameters: int
+    seconds: float | None = None
+    peak_rss: int | None = None
+    fallbacks: tuple[str, ...] = ()
+
+
+def check_format(variant: VariantSpec, format: str) -> None:
+    """Refuse pairs of method and file format that do not exist. Raises: ConfigError."""
+    if format not in ("quantlab", "gguf"):
+        raise ConfigError(f"format: unknown {format!r}; choose quantlab or gguf")
+    if not METHODS[variant.method].quantizes:
+        raise ConfigError(f"method: {variant.method} does not quantize; there is nothing to write")
+    if (variant.method == "gguf") != (format == "gguf"):
+        raise ConfigError(
+            f"format: {variant.method} cannot be written as {format}; "
+            f"use --format {'gguf' if variant.method == 'gguf' else 'quantlab'}"
+        )
+
+
+def prepare_variant(
+    variant: VariantSpec,
+    source: ModelSource,
+    calibration: tuple[str, Tensor] | None,
+    folder: Path,
+    spec: RunSpec,
+    emit: Emit,
+) -> Prepared:
+    """The artifact of a variant, from `folder` if it is there, else quantized and kept there.
+
+    `calibration`: (name, token ids int64 [pieces, length]) for methods that need it.
+    Raises: MethodError, ModelError, OSError on a full disk.
+    """
+    if not METHODS[variant.method].quantizes:
+        return _unquantized(variant, source, spec)
+    known = read_about(folder)
+    if known is not None:
+        return known
+    emit(Progress(variant.label, "load", 0, 1, 0.0))
+    model = _load(source, spec)
+    as_gguf = variant.method == "gguf" and model.family.gguf is not None
+    if as_gguf:
+        gguf.check(model)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        return _quantize(variant, model, calibration, folder, spec, as_gguf, emit)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _quantize(
+    variant: VariantSpec,
+    model: LoadedModel,
+    calibration: tuple[str, Tensor] | None,
+    folder: Path,
+    spec: RunSpec,
+    as_gguf: bool,
+    emit: Emit,
+) -> Prepared:
+    method, config = METHODS[variant.method], configure(variant, spec.group_size)
+    parameters = model.parameters
+    torch.manual_seed(spec.seed)
+    reset_peak()
+    started = time.perf_counter()
+    ids = None if calibration is None else calibration[1]
+    packed = quantize_blocks(
+        model,
+        method,
+        config,
+        ids,
+        lambda done, total: emit(Progress(variant.label, "quantize", done, total, 0.0)),
+    )
+    outer = quantize_outer(model, method, config) if as_gguf else {}
+    seconds = time.perf_counter() - started
+    fallbacks: tuple[str, ...] = ()
+    if as_gguf:
+        path = gguf.write(folder / GGUF_FILE, model, packed, outer, config.type)
+        size = gguf.weight_bytes(path)
+    else:
+        if variant.method == "gguf":
+            fallbacks = (f"llama.cpp has no {model.family.name} architecture: blocks run in torch",)
+        path = quantlab_format.save(
+            folder / "weights",
+            model,
+            packed,
+            {"model": model.source.name, "method": variant.method, "config": config.to_json()},
+        )
+        plain = quantlab_format.plain_weights(model.module)
+        size = sum(weight.nbytes for weight in packed.values())
+        size += sum(2 * tensor.numel() for tensor in plain.values())
+    prepared = Prepared(
+        kind="gguf" if as_gguf else "quantlab",
+        path=path,
+        size_bytes=size,
+        parameters=parameters,
+        seconds=seconds,
+        peak_rss=peak_rss_bytes(),
+        fallbacks=fallbacks,
+    )
+    about = {**asdict(prepared), "path": path.name}
+    (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+    return prepared
+
+
+def read_about(folder: Path) -> Prepared | None:
+    """What an earlier run kept in `folder`, None where there is nothing whole."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about["path"] = folder / about["path"]
+        about["fallbacks"] = tuple(about["fallbacks"])
+        prepared = Prepared(**about)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return prepared if prepared.path.exists() else None
+
+
+def _unquantized(variant: VariantSpec, source: ModelSource, spec: RunSpec) -> Prepared:
+    model = _load(source, spec)
+    bytes_each = 4 if variant.method == "fp32" else 2
+    return Prepared("unquantized", Path(), bytes_each * model.parameters, model.parameters)
+
+
+def _load(source: ModelSource, spec: RunSpec, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    return load(
+        source,
+        dtype=dtype,
+        allow_pickle=spec.allow_pickle,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+def open_runner(
+    variant: VariantSpec, prepared: Prepared, source: ModelSource, bos: int | None, spec: RunSpec
+) -> Runner:
+    """The prepared variant, ready to run. Raises: ModelError."""
+    threads = spec.threads or default_threads()
+    device = resolve_device(spec.device)
+    if prepared.kind == "gguf":
+        return LlamaCppRunner(prepared.path, bos, threads, max(MAX_CONTEXT, spec.window + 1))
+    if prepared.kind == "quantlab":
+        model, _ = quantlab_format.load(prepared.path)
+    else:
+        dtype = torch.float32 if variant.method == "fp32" else torch.bfloat16
+        model = _load(source, spec, dtype)
+    context = int(getattr(model.module.config, "max_position_embeddings", MAX_CONTEXT))
+    return TorchRunner(model.module, bos, device, min(context, MAX_CONTEXT))

@@ -1,0 +1,174 @@
+"""Grids: hand-made numbers, half-step bounds, exact ends, ragged groups, the clipping search."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantlab.errors import ConfigError
+from quantlab.grid import SHRINK, by_group, find_grid, from_codes, range_to_grid, spread, to_codes
+
+
+def quantized(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
+    columns = weight.shape[1]
+    wide, offset = spread(scale, group_size, columns), spread(zero, group_size, columns)
+    return from_codes(to_codes(weight, wide, offset, bits), wide, offset)
+
+
+def test_symmetric_by_hand() -> None:
+    """4 bits: the largest magnitude 3.5 is code 15 (or 1), zero is code 8, the step 0.5."""
+    weight = torch.tensor([[3.5, -1.0, 0.2, 0.3]])
+    scale, zero = find_grid(weight, 4, 4, symmetric=True)
+    assert scale.tolist() == [[0.5]]
+    assert zero.tolist() == [[8.0]]
+    assert to_codes(weight, scale, zero, 4).tolist() == [[15, 6, 8, 9]]
+    assert quantized(weight, scale, zero, 4, 4).tolist() == [[3.5, -1.0, 0.0, 0.5]]
+
+
+def test_asymmetric_by_hand() -> None:
+    """2 bits over [-1, 2]: steps of 1, zero at code 1."""
+    weight = torch.tensor([[-1.0, 2.0, 0.4, 0.6]])
+    scale, zero = find_grid(weight, 2, 4, symmetric=False)
+    assert (scale.item(), zero.item()) == (1.0, 1.0)
+    assert to_codes(weight, scale, zero, 2).tolist() == [[0, 3, 1, 2]]
+
+
+@pytest.mark.parametrize(("values", "zero"), [([1.0, 3.0], 0.0), ([-1.0, -3.0], 15.0)])
+def test_asymmetric_range_always_contains_zero(values: list[float], zero: float) -> None:
+    weight = torch.tensor([values])
+    scale, found = find_grid(weight, 4, 2, symmetric=False)
+    assert found.item() == zero
+    assert scale.item() == pytest.approx(3.0 / 15)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_zeros_stay_finite_and_zero(bits: int, symmetric: bool) -> None:
+    weight = torch.zeros(2, 8)
+    scale, zero = find_grid(weight, bits, 4, symmetric=symmetric, clip=True)
+    assert bool((scale > 0).all())
+    assert torch.equal(quantized(weight, scale, zero, bits, 4), weight)
+
+
+@given(
+    bits=st.integers(2, 8),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 50),
+    group_size=st.integers(1, 60),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_error_is_bounded_by_half_a_step(
+    bits: int, rows: int, columns: int, group_size: int, symmetric: bool, seed: int
+) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    scale, zero = find_grid(weight, bits, group_size, symmetric=symmetric)
+    assert scale.shape == zero.shape == (rows, -(-columns // group_size))
+    assert torch.equal(zero, zero.round())
+    assert bool(((zero >= 0) & (zero <= 2**bits - 1)).all())
+    error = (quantized(weight, scale, zero, bits, group_size) - weight).abs()
+    step = spread(scale, group_size, columns)
+    slack = 1 + 1e-4  # float32 rounding of weight / step
+    if symmetric:
+        assert bool((error <= step / 2 * slack).all())
+    else:
+        # Rounding the zero-point shifts the grid by up to half a step, felt at the ends only.
+        assert bool((error <= step * slack).all())
+        low = spread(weight_min(weight, group_size), group_size, columns)
+        high = spread(-weight_min(-weight, group_size), group_size, columns)
+        inside = (weight > low + step) & (weight < high - step)
+        assert bool((error <= step / 2 * slack)[inside].all())
+
+
+def weight_min(weight: Tensor, group_size: int) -> Tensor:
+    return by_group(weight, group_size, lambda g: (g.amin(-1), g.amin(-1)))[0]
+
+
+@given(bits=st.integers(2, 8), seed=st.integers(0, 999))
+def test_symmetric_hits_the_largest_magnitude(bits: int, seed: int) -> None:
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
+    scale, zero = find_grid(weight, bits, 16, symmetric=True)
+    again = quantized(weight, scale, zero, bits, 16)
+    at = weight.abs().argmax(1, keepdim=True)
+    torch.testing.assert_close(again.gather(1, at), weight.gather(1, at), rtol=1e-6, atol=0)
+
+
+@given(columns=st.integers(1, 40), group_size=st.integers(1, 50), seed=st.integers(0, 99))
+def test_ragged_groups_stand_alone(columns: int, group_size: int, seed: int) -> None:
+    """Each group's grid is what it would be were the group a weight of its own."""
+    weight = torch.randn(2, columns, generator=torch.Generator().manual_seed(seed))
+    scale, zero = find_grid(weight, 4, group_size, symmetric=False, clip=True)
+    for group in range(scale.shape[1]):
+        part = weight[:, group * group_size : (group + 1) * group_size]
+        s, z = find_grid(part, 4, group_size, symmetric=False, clip=True)
+        assert torch.equal(scale[:, group : group + 1], s)
+        assert torch.equal(zero[:, group : group + 1], z)
+
+
+def test_spread_by_hand() -> None:
+    assert spread(torch.tensor([[1.0, 2.0]]), 3, 5).tolist() == [[1, 1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("group_size", [0, -4])
+def test_group_size_below_one_is_refused(group_size: int) -> None:
+    with pytest.raises(ConfigError, match=f"group_size={group_size}"):
+        find_grid(torch.ones(1, 4), 4, group_size, symmetric=True)
+
+
+# --- clipping ----------------------------------------------------------------------------------
+
+
+def loss(weight: Tensor, grid: tuple[Tensor, Tensor], bits: int, importance: Tensor) -> Tensor:
+    scale, zero = grid
+    error = quantized(weight, scale, zero, bits, weight.shape[1]) - weight
+    return (error.square() * importance).sum(1)
+
+
+@given(
+    bits=st.integers(2, 4),
+    symmetric=st.booleans(),
+    weighted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_clipping_finds_the_best_candidate(
+    bits: int, symmetric: bool, weighted: bool, seed: int
+) -> None:
+    """Against trying every fraction of the range one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 24, generator=generator) ** 3
+    importance = torch.rand(24, generator=generator) + 0.01 if weighted else torch.ones(24)
+    found = find_grid(
+        weight, bits, 24, symmetric=symmetric, clip=True,
+        importance=importance if weighted else None,
+    )  # fmt: skip
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    tried = [
+        loss(weight, range_to_grid(low * f, high * f, bits, symmetric), bits, importance)
+        for f in SHRINK.tolist()
+    ]
+    best = torch.stack(tried).amin(0)
+    torch.testing.assert_close(loss(weight, found, bits, importance), best, rtol=1e-4, atol=1e-7)
+
+
+def test_importance_decides_what_is_clipped() -> None:
+    """An outlier that matters is kept; one that does not is clipped for the sake of the rest."""
+    weight = torch.cat([torch.linspace(-1, 1, 31), torch.tensor([3.0])])[None]
+    matters = torch.ones(32)
+    matters[-1] = 1000.0
+    kept, _ = find_grid(weight, 3, 32, symmetric=True, clip=True, importance=matters)
+    dropped, _ = find_grid(weight, 3, 32, symmetric=True, clip=True, importance=1 / matters)
+    assert kept.item() == pytest.approx(1.0)
+    assert dropped.item() < 0.75
+
+
+def test_scales_are_rounded_before_use() -> None:
+    """The returned scale is one that float16 holds, so that the stored grid is the searched one."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    for clip in (False, True):
+        scale, _ = find_grid(weight, 4, 16, symmetric=False, clip=clip, scale_dtype=torch.float16)
+        assert torch.equal(scale, scale.half().float())
+    tiny, _ = find_grid(weight * 1e-9, 4, 16, symmetric=False, scale_dtype=torch.float16)
+    assert bool((tiny > 0).all())
