@@ -135,23 +135,52 @@
   // A chip opens its own options: the accordion around all of them, then its own.
   function chips(element, trigger) {
     forward(element, trigger, ["remove"]);
-    const isOpen = (id) => document.querySelector(`#${id} > button.open, #${id} button.label-wrap.open`);
-    const toggle = (id) => document.querySelector(`#${id} button.label-wrap`)?.click();
     element.addEventListener("click", (event) => {
       const chip = event.target.closest("[data-options]");
       if (!chip) return;
-      const own = `options-${chip.dataset.options}`;
-      if (!isOpen("options")) toggle("options");
+      const around = document.querySelector("#options button.label-wrap");
+      if (around && !around.classList.contains("open")) around.click();
       let tries = 0;
       const reveal = () => {
-        const target = document.getElementById(own);
-        if (!target) return tries++ < 40 && setTimeout(reveal, 50);
-        if (!isOpen(own)) toggle(own);
-        target.scrollIntoView({ block: "nearest" });
-        target.querySelector("button")?.focus({ preventScroll: true });
+        const own = document.getElementById(`options-${chip.dataset.options}`);
+        if (!own || !own.offsetParent) return tries++ < 40 && setTimeout(reveal, 50);
+        own.open = true;
+        own.scrollIntoView({ block: "nearest" });
+        own.querySelector("summary").focus({ preventScroll: true });
       };
       reveal();
     });
+  }
+
+  // The options of each variant. Gradio updates attributes when variants come and go; what a
+  // control shows and which accordions are open is kept here.
+  function options(element, trigger, watch) {
+    forward(element, trigger, ["reset"]);
+    const open = new Set();
+    element.addEventListener("toggle", (event) => {
+      const uid = event.target.dataset?.uid;
+      if (uid) event.target.open ? open.add(uid) : open.delete(uid);
+    }, true);
+    element.addEventListener("change", (event) => {
+      const control = event.target.closest("[data-option]");
+      if (!control) return;
+      const value = control.type === "checkbox" ? control.checked : control.value;
+      if (control.type === "checkbox") control.toggleAttribute("checked", control.checked);
+      else if (control.tagName === "SELECT") control.dataset.chosen = control.value;
+      else control.setAttribute("value", control.value);
+      const uid = control.closest("[data-uid]").dataset.uid;
+      trigger("option", { uid, name: control.dataset.option, value });
+    });
+    const apply = () => {
+      const shown = new Set(open); // Closing and opening below changes `open` itself.
+      for (const one of element.querySelectorAll("[data-uid]")) one.open = shown.has(one.dataset.uid);
+      for (const control of element.querySelectorAll("[data-option]")) {
+        if (control.type === "checkbox") control.checked = control.hasAttribute("checked");
+        else control.value = control.dataset.chosen ?? control.getAttribute("value") ?? "";
+      }
+    };
+    watch("value", apply);
+    apply();
   }
 
   // A message that appears is brought into view where the person is not looking at it.
@@ -226,5 +255,5 @@
     else if (tries) setTimeout(() => download(id, tries - 1), 50);
   }
 
-  window.quantlab = { download, client, watchClient, setLanguage, followRun, table, forward, chips, message };
+  window.quantlab = { download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message };
 })();

@@ -137,7 +137,8 @@ class Int4Linear:
         return unpack(self.packed, self.block)[: self.rows, : self.columns]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"packed": self.packed, "grids": self.grids}
+        kept = {"packed": self.packed, "grids": self.grids}
+        return kept if self.bias is None else {**kept, "bias": self.bias}
 
 
 def _unpack_panel(nibbles: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:

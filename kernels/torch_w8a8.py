@@ -101,7 +101,8 @@ class Int8Linear:
         return signed.t().contiguous().view(torch.uint8) ^ 128
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"packed": self.packed, "scales": self.scales}
+        kept = {"packed": self.packed, "scales": self.scales, "zeros": self.zeros}
+        return kept if self.bias is None else {**kept, "bias": self.bias}
 
 
 def probe() -> None:

@@ -6,6 +6,7 @@ of a linear; linears that read the same tensor (q, k, v; gate, up) share one com
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -121,9 +122,10 @@ class BlockRunner:
         seen: list[dict[str, Any]] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(args) != 1:
-                raise ModelError("this architecture passes unnamed arguments to its blocks")
-            seen.append({**kwargs, "past_key_values": None, "use_cache": False})
+            # GPT-2 passes its mask without a name.
+            names = list(inspect.signature(module.forward).parameters)
+            unnamed = dict(zip(names[1:], args[1:], strict=False))
+            seen.append({**unnamed, **kwargs, "past_key_values": None, "use_cache": False})
 
         ids = next(batch for batch in batches if batch.shape[0] == size)
         handles = [b.register_forward_pre_hook(record, with_kwargs=True) for b in self._blocks]
@@ -156,13 +158,14 @@ class BlockRunner:
         keywords = self._by_size[hidden.shape[0]][block.index]
         with calibration_autocast():
             output = block.module(hidden, **keywords)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     @torch.inference_mode()
     def collect(self, block: Block, kinds: Iterable[StatKind]) -> Mapping[str, ActStats]:
         """Statistics of every linear's input, by the linear's path; the hidden states stay."""
         wanted = frozenset(kinds)
-        stride = max(self.tokens // SAMPLE_ROWS, 1)
+        stride = -(-self.tokens // SAMPLE_ROWS)
         sums: dict[str, _Accumulator] = {}
         leader: dict[str, str] = {}
         current: list[tuple[Tensor, str]] = []
@@ -187,6 +190,8 @@ class BlockRunner:
         finally:
             for handle in handles:
                 handle.remove()
+        if unused := block.linears.keys() - leader.keys():
+            raise ModelError(f"block {block.index} never calls {min(unused)}: not supported")
         done = {path: accumulator.result() for path, accumulator in sums.items()}
         return {path: done[first] for path, first in leader.items()}
 

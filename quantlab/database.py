@@ -15,6 +15,7 @@ from quantlab.locks import FileLock
 
 BUSY_SECONDS = 30.0
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_NOT_FILES = (ConnectionError, TimeoutError)
 
 # One script for each schema version; PRAGMA user_version says how many a file has seen.
 # `queue` has a row only for runs that a supervisor shall run; the command line's runs have none.
@@ -48,6 +49,8 @@ MIGRATIONS = (
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn sqlite3 errors and OSErrors about `path` into StorageError; also for artifact writers.
 
+    Connection errors, and OSErrors that carry no error number of the system, pass as they are.
+
     Raises: StorageError with one message that says what is wrong and what to do.
     """
     try:
@@ -62,6 +65,9 @@ def storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL_DISK:
             raise _full(path) from error
+        # Libraries raise OSError for what is no trouble with files: a missing model, a network.
+        if error.errno is None or error.errno <= 0 or isinstance(error, _NOT_FILES):
+            raise
         raise StorageError(
             f"{error.filename or path} cannot be read or written: {error.strerror or error}",
             "check the folder's permissions, or point QUANTLAB_HOME at another folder",

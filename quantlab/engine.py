@@ -128,7 +128,7 @@ def generate(
     limit = context_length(model)
     if limit is not None:
         # The last token is chosen without being read.
-        max_new_tokens = min(max_new_tokens, limit - len(input_ids) + 1)
+        max_new_tokens = min(max_new_tokens, max(1, limit - len(input_ids) + 1))
     tokens: list[int] = []
     while len(tokens) < max_new_tokens and not (stop is not None and stop()):
         tokens.append(session.step(tokens[-1]) if tokens else session.prefill(input_ids))
@@ -184,12 +184,16 @@ class TokenStreamer:
         # decoding begins at `_begin`, a token that already gave text; tokens below `_done` did.
         self._tokens: list[int] = []
         self._begin = self._done = 0
+        self._held = ""
 
     def push(self, token: int) -> str:
         self._tokens.append(token)
         text = self._new_text()
-        name = self._tokenizer.convert_ids_to_tokens(token)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") or re.fullmatch("<0x[0-9A-F]{2}>", str(name)):
+        name = str(self._tokenizer.convert_ids_to_tokens(token))
+        # A special token is skipped and does not end a run of bytes: the text stays as it was.
+        unfinished = text.endswith("\N{REPLACEMENT CHARACTER}") or text == self._held
+        if unfinished or re.fullmatch("<0x[0-9A-F]{2}>", name):
+            self._held = text
             return ""
         return self._emit(text)
 
@@ -204,6 +208,7 @@ class TokenStreamer:
     def _emit(self, text: str) -> str:
         if text:
             self._begin, self._done = self._done, len(self._tokens)
+        self._held = ""
         return text
 
     def _decode(self, tokens: list[int]) -> str:

@@ -96,8 +96,8 @@ def _open(
 ) -> Runner:
     prepared: Prepared | None = Prepared("unquantized", store.root, 0, 1)
     if METHODS[record.method].quantizes:
-        prepared = read_about(store.artifact(record.artifact or ""))
-    if prepared is None or record.status != "finished":
+        prepared = read_about(store.artifact(record.artifact)) if record.artifact else None
+    if prepared is None:
         raise ModelError(
             f"{record.variant}: its quantized weights are no longer kept",
             "run the comparison again to make them anew",

@@ -31,6 +31,7 @@ def artifact_key(
     `calibration` and `ids` are None for methods that need no data.
     """
     tokens = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    shape = None if ids is None else list(ids.shape)
     return content_key(
         {
             "model": fingerprint,
@@ -38,6 +39,7 @@ def artifact_key(
             "config": config,
             "calibration": calibration,
             "tokens": tokens,
+            "shape": shape,
             "seed": seed,
         }
     )

@@ -20,9 +20,10 @@ BATCH = 512
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp: logits of whole windows, and decoding token by token; `choose` picks the next one.
+    """A GGUF file in llama.cpp: logits of whole windows, and decoding token by token.
 
-    Raises: ModelError when llama.cpp refuses the file. Close it when done.
+    `choose` picks the next token from the logits. Close it when done. Raises: ModelError when
+    llama.cpp refuses the file.
     """
 
     def __init__(self, path: Path, threads: int, context: int = 2048, every: bool = False) -> None:

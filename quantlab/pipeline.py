@@ -102,15 +102,30 @@ def environment(spec: RunSpec) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Token ids int64 [pieces, length], and what they came from."""
+
+    ids: Tensor
+    name: str
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        tokens, length = self.ids.numel(), self.ids.shape[1]
+        return {"name": self.name, "sha256": self.sha256, "tokens": tokens, "length": length}
+
+
+@dataclasses.dataclass(frozen=True)
 class _Setting:
     """What all variants of a run share."""
 
     spec: RunSpec
     store: Store
-    model: LoadedModel
+    source: ModelSource
+    tokenizer: Any
     windows: list[Tensor]
     text: TokenText
     reference: Reference
+    calibration: Calibration | None
     environment: dict[str, Any]
 
 
@@ -129,13 +144,22 @@ def compare(
     """
     validate(spec)
     store = Store() if store is None else store
-    with storage_errors(store.root):
-        setting = _prepare(spec, store, emit)
-    # The unquantized variant first: the others' answers are compared with its.
-    order = sorted(spec.variants, key=lambda variant: METHODS[variant.method].quantizes)
+    with store.measuring_lock(emit):
+        with storage_errors(store.root):
+            setting = _prepare(spec, store, emit)
+        records = _compare_all(setting, emit, run_id, skip)
+    labels = [variant.label for variant in spec.variants]
+    return sorted(records, key=lambda record: labels.index(record.variant))
+
+
+def _compare_all(
+    setting: _Setting, emit: Emit, run_id: str | None, skip: Collection[str]
+) -> list[ResultRecord]:
+    """The variants one by one, the unquantized first: the others' answers are compared with its."""
+    order = sorted(setting.spec.variants, key=lambda variant: METHODS[variant.method].quantizes)
     original: Sequence[Generation] = ()
     if skip and run_id is not None:
-        settled = [r for r in store.run(run_id).records if r.status == "finished"]
+        settled = [r for r in setting.store.run(run_id).records if r.status == "finished"]
         original = next((r.outputs for r in settled if _unquantized(r.method)), ())
     records: list[ResultRecord] = []
     meter = Meter(emit, len(order))
@@ -149,8 +173,7 @@ def compare(
         record = mark_divergence([record], original)[0]
         records.append(record)
         emit(VariantFinished(variant.label, record.to_json()))
-    labels = [variant.label for variant in spec.variants]
-    return sorted(records, key=lambda record: labels.index(record.variant))
+    return records
 
 
 def _unquantized(method: str) -> bool:
@@ -172,8 +195,19 @@ def _prepare(spec: RunSpec, store: Store, emit: Emit) -> _Setting:
     if limit is not None and spec.window > limit:
         raise ConfigError(f"window: {spec.window} is more than the model's context of {limit}")
     reference = reference_states(model, windows, text.bos, emit)
-    described = _described(spec, model.source, text, len(windows))
-    return _Setting(spec, store, model, windows, text, reference, described)
+    needed = any(METHODS[variant.method].needs for variant in spec.variants)
+    # Only the head of the original stays in memory from here on.
+    return _Setting(
+        spec,
+        store,
+        model.source,
+        model.tokenizer,
+        windows,
+        text,
+        reference,
+        _calibration(model, spec, emit) if needed else None,
+        _described(spec, model.source, text, len(windows)),
+    )
 
 
 def _described(spec: RunSpec, source: ModelSource, text: TokenText, windows: int) -> dict[str, Any]:
@@ -219,25 +253,16 @@ def _measure(
     variant: VariantSpec, blank: ResultRecord, setting: _Setting, emit: Meter
 ) -> ResultRecord:
     spec, store = setting.spec, setting.store
-    calibration = None
     described = dict(blank.environment)
-    if METHODS[variant.method].needs:
-        ids, sha = _calibration(setting.model, spec, emit)
-        calibration = (spec.calibration, ids)
-        described["calibration"] = {
-            "name": spec.calibration,
-            "sha256": sha,
-            "tokens": ids.numel(),
-            "length": ids.shape[1],
-        }
-        if ids.numel() < spec.calibration_tokens // spec.calibration_length * ids.shape[1]:
-            emit(Notice(f"the calibration text gave {ids.numel()} tokens, fewer than asked for"))
+    calibration = setting.calibration if METHODS[variant.method].needs else None
+    if calibration is not None:
+        described["calibration"] = calibration.to_json()
     artifact = keys.artifact_key(
-        setting.model.source.fingerprint,
+        setting.source.fingerprint,
         variant,
         blank.config,
-        spec.calibration if calibration else None,
-        calibration[1] if calibration else None,
+        None if calibration is None else calibration.name,
+        None if calibration is None else calibration.ids,
         spec.seed,
     )
     key = keys.record_key(artifact, spec, setting.windows, described["device"])
@@ -247,14 +272,19 @@ def _measure(
         return dataclasses.replace(known, variant=variant.label, cached=True)
     with storage_errors(store.root):
         prepared = prepare_variant(
-            variant, setting.model.source, calibration, store.artifact(artifact), spec, emit
+            variant,
+            setting.source,
+            None if calibration is None else calibration.ids,
+            store.artifact(artifact),
+            spec,
+            emit,
         )
     record = measure(
         dataclasses.replace(blank, environment=described, artifact=artifact),
         variant,
         prepared,
-        setting.model.source,
-        setting.model.tokenizer,
+        setting.source,
+        setting.tokenizer,
         setting.windows,
         setting.text.bos,
         setting.reference,
@@ -265,15 +295,14 @@ def _measure(
     return record
 
 
-def _calibration(model: LoadedModel, spec: RunSpec, emit: Emit) -> tuple[Tensor, str]:
-    return calibration_ids(
-        model,
-        spec.calibration,
-        spec.calibration_tokens,
-        spec.calibration_length,
-        spec.seed,
-        emit,
+def _calibration(model: LoadedModel, spec: RunSpec, emit: Emit) -> Calibration:
+    length = spec.calibration_length
+    ids, sha256 = calibration_ids(
+        model, spec.calibration, spec.calibration_tokens, length, spec.seed, emit
     )
+    if ids.numel() < spec.calibration_tokens // length * length:
+        emit(Notice(f"the calibration text gave {ids.numel()} tokens, fewer than asked for"))
+    return Calibration(ids, spec.calibration, sha256)
 
 
 def answer(
@@ -317,14 +346,11 @@ def quantize(
     source = locate(
         spec.model, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code
     )
-    calibration = None
+    ids = None
     if METHODS[variant.method].needs:
-        ids, _ = _calibration(load(source, allow_pickle=spec.allow_pickle), spec, emit)
-        calibration = (spec.calibration, ids)
+        ids = _calibration(load(source, allow_pickle=spec.allow_pickle), spec, emit).ids
     with storage_errors(out), tempfile.TemporaryDirectory(dir=writable_parent(out)) as folder:
-        prepared = prepare_variant(
-            variant, source, calibration, Path(folder) / "new", spec, Meter(emit, 1)
-        )
+        prepared = prepare_variant(variant, source, ids, Path(folder) / "new", spec, Meter(emit, 1))
         return deliver(prepared, out)
 
 

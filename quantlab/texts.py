@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantlab.errors import TextError
 from quantlab.models import LoadedModel
-from quantlab.paths import home
+from quantlab.paths import find, home
 from quantlab.types import Emit, Progress
 
 Role = Literal["calibration", "evaluation"]
@@ -74,10 +74,11 @@ def read_text(name: str, role: Role) -> str:
         return _dataset(name, role)
     if name == "self":
         raise TextError("text: 'self' is for calibration; evaluate on project or a file")
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = find(name)
+    if path is None or not path.is_file():
         known = ", ".join(key for key in NAMED if role == "calibration" or key != "self")
-        raise TextError(f"{role} text: no such file: {name}; give a text file or one of {known}")
+        named = name if len(name) < 200 else f"{name[:60]}…"
+        raise TextError(f"{role} text: no such file: {named}; give a text file or one of {known}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -140,7 +141,7 @@ def sample_from_model(model: LoadedModel, count: int, length: int, seed: int, em
 
     with torch.random.fork_rng(), torch.inference_mode(), calibration_autocast():
         torch.manual_seed(seed)
-        ids = model.module.generate(
+        ids: Tensor = model.module.generate(
             torch.full((count, 1), begin),
             max_new_tokens=length - 1,
             min_new_tokens=length - 1,
@@ -150,12 +151,12 @@ def sample_from_model(model: LoadedModel, count: int, length: int, seed: int, em
             top_p=1.0,
             pad_token_id=begin,
             logits_processor=LogitsProcessorList([report]),
-        )
+        ).clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({"ids": ids.clone()}, partial)
+    save_file({"ids": ids}, partial)
     partial.rename(path)
-    return ids.clone()
+    return ids
 
 
 def fast_bfloat16() -> bool:

@@ -62,14 +62,14 @@ def check_format(variant: VariantSpec, format: str) -> None:
 def prepare_variant(
     variant: VariantSpec,
     source: ModelSource,
-    calibration: tuple[str, Tensor] | None,
+    ids: Tensor | None,
     folder: Path,
     spec: RunSpec,
     emit: Emit,
 ) -> Prepared:
     """The artifact of a variant, from `folder` if it is there, else quantized and kept there.
 
-    `calibration`: (name, token ids int64 [pieces, length]) for methods that need it.
+    ids: int64 [pieces, length], the calibration tokens of methods that need them.
     Raises: MethodError, ModelError, OSError on a full disk.
     """
     if not METHODS[variant.method].quantizes:
@@ -85,7 +85,7 @@ def prepare_variant(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        return _quantize(variant, model, calibration, folder, spec, as_gguf, emit)
+        return _quantize(variant, model, ids, folder, spec, as_gguf, emit)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -94,7 +94,7 @@ def prepare_variant(
 def _quantize(
     variant: VariantSpec,
     model: LoadedModel,
-    calibration: tuple[str, Tensor] | None,
+    ids: Tensor | None,
     folder: Path,
     spec: RunSpec,
     as_gguf: bool,
@@ -105,7 +105,6 @@ def _quantize(
     torch.manual_seed(spec.seed)
     reset_peak()
     started = time.perf_counter()
-    ids = None if calibration is None else calibration[1]
     packed = quantize_blocks(
         model,
         method,

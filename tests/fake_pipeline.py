@@ -137,7 +137,7 @@ def answer(
         for place, prompt in enumerate(spec.prompts):
             text = f"{record.variant} on {prompt}"
             emit(OutputDelta(record.variant, place, text))
-            outputs.append(Generation(prompt, text, (1,), (text,)))
+            outputs.append(Generation(prompt, f"{text}.", (1,), (text,)))
         answers.append(
             ResultRecord.from_json(record.to_json() | {"outputs": [o.to_json() for o in outputs]})
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,6 +53,7 @@ def test_zeros_stay_finite_and_zero(bits: int, symmetric: bool) -> None:
     assert torch.equal(quantized(weight, scale, zero, bits, 4), weight)
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(2, 8),
     rows=st.integers(1, 4),
@@ -87,6 +88,7 @@ def weight_min(weight: Tensor, group_size: int) -> Tensor:
     return by_group(weight, group_size, lambda g: (g.amin(-1), g.amin(-1)))[0]
 
 
+@settings(deadline=None)
 @given(bits=st.integers(2, 8), seed=st.integers(0, 999))
 def test_symmetric_hits_the_largest_magnitude(bits: int, seed: int) -> None:
     weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
@@ -96,6 +98,7 @@ def test_symmetric_hits_the_largest_magnitude(bits: int, seed: int) -> None:
     torch.testing.assert_close(again.gather(1, at), weight.gather(1, at), rtol=1e-6, atol=0)
 
 
+@settings(deadline=None)
 @given(columns=st.integers(1, 40), group_size=st.integers(1, 50), seed=st.integers(0, 99))
 def test_ragged_groups_stand_alone(columns: int, group_size: int, seed: int) -> None:
     """Each group's grid is what it would be were the group a weight of its own."""
@@ -121,12 +124,14 @@ def test_group_size_below_one_is_refused(group_size: int) -> None:
 # --- clipping ----------------------------------------------------------------------------------
 
 
-def loss(weight: Tensor, grid: tuple[Tensor, Tensor], bits: int, importance: Tensor) -> Tensor:
+def loss(weight: Tensor, grid: tuple[Tensor, Tensor], bits: int, moment: Tensor) -> Tensor:
+    """d M d^T of each row, d the error of quantizing it with one grid, in float64."""
     scale, zero = grid
-    error = quantized(weight, scale, zero, bits, weight.shape[1]) - weight
-    return (error.square() * importance).sum(1)
+    error = (quantized(weight, scale, zero, bits, weight.shape[1]) - weight).double()
+    return torch.stack([d @ moment.double() @ d for d in error])
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(2, 4),
     symmetric=st.booleans(),
@@ -139,29 +144,46 @@ def test_clipping_finds_the_best_candidate(
     """Against trying every fraction of the range one by one."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 24, generator=generator) ** 3
-    importance = torch.rand(24, generator=generator) + 0.01 if weighted else torch.ones(24)
+    x = torch.randn(60, 24, generator=generator)
+    moment = x.T @ x if weighted else torch.eye(24)
     found = find_grid(
-        weight, bits, 24, symmetric=symmetric, clip=True,
-        importance=importance if weighted else None,
-    )  # fmt: skip
+        weight, bits, 24, symmetric=symmetric, clip=True, moment=moment if weighted else None
+    )
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     tried = [
-        loss(weight, range_to_grid(low * f, high * f, bits, symmetric), bits, importance)
+        loss(weight, range_to_grid(low * f, high * f, bits, symmetric), bits, moment)
         for f in SHRINK.tolist()
     ]
     best = torch.stack(tried).amin(0)
-    torch.testing.assert_close(loss(weight, found, bits, importance), best, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(loss(weight, found, bits, moment), best, rtol=1e-4, atol=1e-7)
 
 
-def test_importance_decides_what_is_clipped() -> None:
+def test_moment_decides_what_is_clipped() -> None:
     """An outlier that matters is kept; one that does not is clipped for the sake of the rest."""
     weight = torch.cat([torch.linspace(-1, 1, 31), torch.tensor([3.0])])[None]
     matters = torch.ones(32)
     matters[-1] = 1000.0
-    kept, _ = find_grid(weight, 3, 32, symmetric=True, clip=True, importance=matters)
-    dropped, _ = find_grid(weight, 3, 32, symmetric=True, clip=True, importance=1 / matters)
+    kept, _ = find_grid(weight, 3, 32, symmetric=True, clip=True, moment=matters.diag())
+    dropped, _ = find_grid(weight, 3, 32, symmetric=True, clip=True, moment=(1 / matters).diag())
     assert kept.item() == pytest.approx(1.0)
     assert dropped.item() < 0.75
+
+
+@pytest.mark.parametrize("group_size", [8, 5, 20])
+def test_each_group_reads_its_own_block_of_the_moment(group_size: int) -> None:
+    """Also the ragged last one: the same grids as for a weight of that group alone."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, 20, generator=generator) ** 3
+    x = torch.randn(50, 20, generator=generator)
+    moment = x.T @ x
+    scale, zero = find_grid(weight, 3, group_size, symmetric=False, clip=True, moment=moment)
+    for group in range(scale.shape[1]):
+        part = slice(group * group_size, (group + 1) * group_size)
+        s, z = find_grid(
+            weight[:, part], 3, group_size, symmetric=False, clip=True, moment=moment[part, part]
+        )
+        torch.testing.assert_close(scale[:, group : group + 1], s)
+        assert torch.equal(zero[:, group : group + 1], z)
 
 
 def test_scales_are_rounded_before_use() -> None:

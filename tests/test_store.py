@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -17,8 +18,9 @@ from typing import Any
 import pytest
 
 from quantlab.errors import JobError, StorageError
+from quantlab.locks import FileLock
 from quantlab.results import ResultRecord
-from quantlab.store import Store, home
+from quantlab.store import Store, home, storage_errors
 from quantlab.types import Notice, OutputDelta, Progress, RunSpec, VariantSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,8 +132,8 @@ def test_a_run_is_kept_with_its_records_in_the_order_of_its_variants(store: Stor
 
     store.update_run(run_id, status="running", environment={"cpu": "x"})
     store.add_record(run_id, record("rtn:4"))
-    store.add_record(run_id, record("bf16"))
     store.add_record(run_id, record("rtn:4", perplexity=5.0))
+    store.add_record(run_id, record("bf16"))
     store.update_run(run_id, status="finished")
     run = store.run(run_id)
     assert [(r.variant, r.perplexity) for r in run.records] == [("bf16", 21.5), ("rtn:4", 5.0)]
@@ -276,6 +278,23 @@ def test_a_transaction_is_all_or_nothing_and_unseen_until_its_end(store: Store) 
     reader.close()
 
 
+def test_threads_do_not_mix_their_transactions(store: Store) -> None:
+    run_id = store.create_run(SPEC)
+    thread = threading.Thread(target=store.append_events, args=(run_id, [Notice("other")]))
+
+    def half() -> None:
+        with store.database.transaction():
+            store.append_events(run_id, [Notice("mine")])
+            thread.start()
+            thread.join(0.3)
+            raise KeyError("half way")
+
+    with pytest.raises(KeyError):
+        half()
+    thread.join()
+    assert [event["message"] for _, event in store.events(run_id)] == ["other"]
+
+
 def test_the_database_is_set_up_for_sharing(store: Store) -> None:
     with store.database.transaction() as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -382,6 +401,15 @@ def test_a_really_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
     assert rest == ["True True", "True"]
 
 
+def test_only_trouble_with_files_becomes_a_storage_error(tmp_path: Path) -> None:
+    for other in (OSError("no such model"), ConnectionRefusedError(111, "such a thing")):
+        with pytest.raises(OSError, match="such") as caught, storage_errors(tmp_path):
+            raise other
+        assert caught.value is other
+    with pytest.raises(StorageError, match=r"weights.*denied"), storage_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "denied", "weights")
+
+
 # Artifacts
 
 
@@ -414,7 +442,7 @@ def test_the_least_recently_used_artifacts_go_first(store: Store) -> None:
     fresh = Store(store.root)
     assert fresh.prune_artifacts(4000) == 0
     assert fresh.cached("hit") is not None  # A hit is a use.
-    assert fresh.prune_artifacts(2500) == 2000
+    assert Store(store.root).prune_artifacts(2500) == 2000
     assert names(store) == {"newest", "oldest"}
     fresh.close()
 
@@ -487,6 +515,26 @@ def test_measuring_waits_for_another_process_and_says_for_whom(store: Store) -> 
     assert notices == [
         f"waiting for another comparison on this machine (process {holder.pid}) to finish"
     ]
+
+
+def test_a_holder_without_a_name_is_waited_for_once(store: Store) -> None:
+    path = store.root / "measuring.lock"
+    lock = FileLock(path)
+    notices: list[object] = []
+    assert lock.acquire()
+    path.write_text("")
+
+    def measure() -> None:
+        with store.measuring_lock(notices.append):
+            pass
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join(0.7)
+    assert notices == [Notice("waiting for another comparison on this machine to finish")]
+    lock.release()
+    thread.join()
+    assert len(notices) == 1
 
 
 def test_the_lock_of_a_killed_process_is_free(store: Store) -> None:

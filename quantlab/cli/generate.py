@@ -55,6 +55,7 @@ def generate(
 
             def emit(event: Event) -> None:
                 if isinstance(event, OutputDelta):
+                    progress.stop()
                     printer.add(event)
                 else:
                     progress(event)

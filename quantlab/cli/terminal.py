@@ -46,7 +46,13 @@ class TerminalProgress:
     def __enter__(self) -> TerminalProgress:
         if self.stream.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import (
+                BarColumn,
+                TaskProgressColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
@@ -54,6 +60,8 @@ class TerminalProgress:
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
+                TextColumn("· left"),
+                TimeRemainingColumn(),
                 console=Console(file=self.stream, markup=False, highlight=False),
                 transient=True,
             )
@@ -67,8 +75,13 @@ class TerminalProgress:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away, so that a stream of text has the terminal to itself."""
+        if self._bar is not None and self._task is not None:
             self._bar.stop()
+            self._task = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
@@ -88,7 +101,8 @@ class TerminalProgress:
         head = f"{event.variant} · {event.stage}" if event.variant else event.stage
         if self._bar is not None:
             count = f" {event.done}/{event.total}" if event.total > 1 else ""
-            self._bar.update(self._task, description=head + count, completed=event.fraction)
+            if self._task is not None:
+                self._bar.update(self._task, description=head + count, completed=event.fraction)
         elif (event.variant, event.stage) != self._stage:
             self._stage = (event.variant, event.stage)
             self._say(f"[{event.fraction:4.0%}] {head}")

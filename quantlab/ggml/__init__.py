@@ -124,10 +124,11 @@ def dequantize_rows(data: Tensor, name: str, columns: int) -> Tensor:
         )
     rows = data.shape[0]
     weight = torch.empty(rows, columns, dtype=torch.float32, device=data.device)
-    step = max(1, 4 * _CHUNK_WEIGHTS // max(1, columns))
-    for start in range(0, rows, step):
-        blocks = data[start : start + step].reshape(-1, entry.block_bytes)
-        weight[start : start + step] = entry.dequantize(blocks).view(-1, columns)
+    step = max(1, _CHUNK_WEIGHTS // max(1, columns))
+    with _one_thread():
+        for start in range(0, rows, step):
+            blocks = data[start : start + step].reshape(-1, entry.block_bytes)
+            weight[start : start + step] = entry.dequantize(blocks).view(-1, columns)
     return weight
 
 

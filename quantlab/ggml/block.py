@@ -131,7 +131,7 @@ def signed_extreme(x: Tensor) -> Tensor:
         tied = x[:, tie]
         first = tied.abs().argmax(0, keepdim=True)
         extreme[tie] = tied.gather(0, first).squeeze(0)
-    return extreme + 0.0  # a negative zero would give the scale of a zero block another sign
+    return extreme
 
 
 def pack_fields(codes: Tensor, width: int) -> Tensor:

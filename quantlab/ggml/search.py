@@ -238,8 +238,6 @@ def _descend(x: Tensor, weights: Tensor, codes: Tensor, lowest: int, highest: in
             new_xq = rest_xq + wx * new
             new_q2 = rest_q2 + w * new * new
             better = (rest_xq > 0) & (new != code) & (new_q2 > 0)
-            if lowest == 0:
-                better &= rest_q2 > 0
             better &= new_xq * new_xq * sum_q2 > sum_xq * sum_xq * new_q2
             codes[i] = torch.where(better, new, code)
             sum_xq = torch.where(better, new_xq, sum_xq)

@@ -38,7 +38,7 @@ def parse_variant(text: str) -> VariantSpec:
             options[key] = value
         elif position == 0 and name == "gguf":
             options["type"] = part.lower()
-        elif position == 0 and part.isdigit():
+        elif position == 0 and part.isdecimal():
             bits = int(part)
         else:
             raise ConfigError(f"methods: {text!r}: expected METHOD:BITS or key=value, got {part!r}")

@@ -28,7 +28,7 @@ from quantlab.packing import PackedWeight, affine
 
 
 @dataclass(frozen=True)
-class Config(base.Config):
+class AWQConfig(base.Config):
     bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=8)
     group_size: int = base.option(
         64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="128"
@@ -57,10 +57,10 @@ class AWQ(base.Quantizer):
     summary = "Protects the weights of large activations by channel scales that are folded away."
     bits = (4, 3)
     needs = ("second_moment", "mean")
-    Config = Config
+    Config = AWQConfig
 
     def quantize_block(
-        self, block: Block, stats: Mapping[str, ActStats], config: Config
+        self, block: Block, stats: Mapping[str, ActStats], config: AWQConfig
     ) -> dict[str, PackedWeight]:
         moments = {path: moment_of(stats[path]) for path in block.linears}
         for fold in block.folds:
@@ -104,7 +104,7 @@ def moment_of(stats: ActStats) -> Tensor:
 
 
 def search_scale(
-    block: Block, fold: Fold, weight: Tensor, moment: Tensor, stats: ActStats, config: Config
+    block: Block, fold: Fold, weight: Tensor, moment: Tensor, stats: ActStats, config: AWQConfig
 ) -> Tensor:
     """The channel scale with the least output error: float32 [columns], geometric mid-range 1.
 
@@ -123,7 +123,7 @@ def search_scale(
     return best
 
 
-def output_error(weight: Tensor, scale: Tensor, moment: Tensor, config: Config) -> float:
+def output_error(weight: Tensor, scale: Tensor, moment: Tensor, config: AWQConfig) -> float:
     """tr(D M D^T) with D = Q(W s) / s - W, plain rounding without clipping."""
     columns = weight.shape[1]
     group = min(config.group_size, columns)

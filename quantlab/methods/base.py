@@ -8,10 +8,11 @@ command line, the README's table and the contract tests all come from here and f
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def option(
         "choices": choices,
         "paper": paper,
     }
-    return cast(Default, dataclasses.field(default=default, metadata=metadata))
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def check_option(field: dataclasses.Field[Any], value: object) -> None:
         raise ConfigError(f"{field.name}={value}: choose one of {', '.join(map(str, choices))}")
     low, high = meta.get("minimum"), meta.get("maximum")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{field.name}={value}: needs a finite number")
         if low is not None and value < low:
             raise ConfigError(f"{field.name}={value}: needs at least {low}")
         if high is not None and value > high:

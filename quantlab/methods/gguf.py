@@ -22,7 +22,7 @@ from quantlab.packing import GGMLWeight, PackedWeight
 
 
 @dataclass(frozen=True)
-class Config(base.Config):
+class GGUFConfig(base.Config):
     type: str = base.option(
         "q4_k_m",
         "File type",
@@ -37,13 +37,13 @@ class GGUF(base.Quantizer):
     title = "GGUF"
     paper = "llama.cpp (ggml-org)"
     summary = "llama.cpp's block formats; the file runs in llama.cpp."
-    Config = Config
+    Config = GGUFConfig
 
-    def weight_bits(self, config: Config) -> int:
+    def weight_bits(self, config: GGUFConfig) -> int:
         return FILE_TYPES[config.type].bits
 
     def quantize_block(
-        self, block: Block, stats: Mapping[str, ActStats], config: Config
+        self, block: Block, stats: Mapping[str, ActStats], config: GGUFConfig
     ) -> dict[str, PackedWeight]:
         return {
             path: quantize_tensor(
@@ -61,7 +61,7 @@ class GGUF(base.Quantizer):
 
 
 def quantize_tensor(
-    weight: Tensor, config: Config, kind: str, index: int, count: int, block: Block
+    weight: Tensor, config: GGUFConfig, kind: str, index: int, count: int, block: Block
 ) -> GGMLWeight:
     """One linear in the block format that the mix gives it."""
     rows, columns = weight.shape

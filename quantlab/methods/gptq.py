@@ -28,7 +28,7 @@ LAZY_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Config(base.Config):
+class GPTQConfig(base.Config):
     bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=8)
     group_size: int = base.option(
         64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="128"
@@ -76,10 +76,10 @@ class GPTQ(base.Quantizer):
     summary = "Compensates each column's rounding error in the columns after it, by second moments."
     bits = (4, 2, 3, 8)
     needs = ("second_moment",)
-    Config = Config
+    Config = GPTQConfig
 
     def quantize_block(
-        self, block: Block, stats: Mapping[str, ActStats], config: Config
+        self, block: Block, stats: Mapping[str, ActStats], config: GPTQConfig
     ) -> dict[str, PackedWeight]:
         packed: dict[str, PackedWeight] = {}
         for paths in shared_inputs(stats):
@@ -106,7 +106,7 @@ def shared_inputs(stats: Mapping[str, ActStats]) -> list[list[str]]:
     return list(groups.values())
 
 
-def gptq(weight: Tensor, moment: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+def gptq(weight: Tensor, moment: Tensor, config: GPTQConfig) -> tuple[Tensor, Tensor, Tensor]:
     """(codes uint8 [rows, columns], scale, zero float32 [rows, groups]) of one matrix.
 
     weight: float32 [rows, columns]; moment: float32 [columns, columns], mean of x x^T.
@@ -183,12 +183,16 @@ def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float) -> Tensor:
     diagonal[dead] = 1.0
     # Channels that never fire get weight 1 so that they decouple without upsetting the mean.
     mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.mean()
-    diagonal += damp_percent * mean
+    damping = damp_percent * mean
+    diagonal += damping
     for _ in range(4):
         lower, info = torch.linalg.cholesky_ex(moment)
         if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            upper: Tensor
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(info) == 0:
                 return upper
-        diagonal += 10 * damp_percent * mean
+        diagonal += 9 * damping
+        damping *= 10
     raise MethodError("gptq: H cannot be inverted; raise damp_percent or calibrate on more tokens")

@@ -20,7 +20,7 @@ from quantlab.packing import AffineWeight, PackedWeight, affine
 
 
 @dataclass(frozen=True)
-class Config(base.Config):
+class RTNConfig(base.Config):
     bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=8)
     granularity: str = base.option(
         "group",
@@ -46,18 +46,18 @@ class RTN(base.Quantizer):
     paper = "baseline of arXiv 2208.07339 and 2210.17323"
     summary = "Rounds each weight to its nearest grid point; needs no data."
     bits = (4, 2, 3, 5, 6, 7, 8)
-    Config = Config
+    Config = RTNConfig
 
     def quantize_block(
-        self, block: Block, stats: Mapping[str, ActStats], config: Config
+        self, block: Block, stats: Mapping[str, ActStats], config: RTNConfig
     ) -> dict[str, PackedWeight]:
         return {path: round_weight(m.weight, config) for path, m in block.linears.items()}
 
 
-def round_weight(weight: torch.Tensor, config: Config) -> AffineWeight:
+def round_weight(weight: torch.Tensor, config: RTNConfig) -> AffineWeight:
     """The packed weight (float [rows, columns] -> AffineWeight) that rounding gives."""
     weight = weight.float()
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     group = min(config.group_size, columns) if config.granularity == "group" else columns
     grouped = weight.reshape(1, -1) if config.granularity == "tensor" else weight
     scale, zero = find_grid(

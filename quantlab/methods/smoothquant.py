@@ -28,7 +28,7 @@ ALPHAS = tuple(round(0.3 + 0.05 * step, 2) for step in range(13))
 
 
 @dataclass(frozen=True)
-class Config(base.Config):
+class SmoothQuantConfig(base.Config):
     bits: int = base.option(8, "Bits", "Bits of weights and activations.", choices=(8,))
     activations: str = base.option(
         "static",
@@ -73,13 +73,13 @@ class SmoothQuant(base.Quantizer):
     summary = "8-bit weights and activations, outliers smoothed into the weights beforehand."
     bits = (8,)
     needs = ("range", "sample")
-    Config = Config
+    Config = SmoothQuantConfig
 
-    def activation_bits(self, config: Config) -> int:
+    def activation_bits(self, config: SmoothQuantConfig) -> int:
         return 8
 
     def quantize_block(
-        self, block: Block, stats: Mapping[str, ActStats], config: Config
+        self, block: Block, stats: Mapping[str, ActStats], config: SmoothQuantConfig
     ) -> dict[str, PackedWeight]:
         for path in block.linears:
             if not bool(torch.isfinite(stats[path].max_abs).all()):
@@ -97,7 +97,9 @@ class SmoothQuant(base.Quantizer):
         }
 
 
-def quantize_linear(weight: Tensor, stats: ActStats, scale: Tensor, config: Config) -> PackedWeight:
+def quantize_linear(
+    weight: Tensor, stats: ActStats, scale: Tensor, config: SmoothQuantConfig
+) -> PackedWeight:
     """int8 absmax a row, with the activation's scheme. `weight` already carries `scale`."""
     columns = weight.shape[1]
     step, zero = find_grid(weight, 8, columns, symmetric=True)
@@ -116,7 +118,7 @@ def static_range(stats: ActStats, scale: Tensor) -> tuple[Tensor, Tensor]:
     return range_to_grid((stats.low / scale).min(), (stats.high / scale).max(), 8, False)
 
 
-def choose_scale(block: Block, fold: Fold, stats: ActStats, config: Config) -> Tensor:
+def choose_scale(block: Block, fold: Fold, stats: ActStats, config: SmoothQuantConfig) -> Tensor:
     """Equation 4 for one fold: float32 [columns]; alpha searched or given."""
     weight = torch.cat([block.linears[target].weight for target in fold.targets]).float()
     peaks = stats.max_abs.clamp_min(1e-5)
@@ -133,7 +135,9 @@ def choose_scale(block: Block, fold: Fold, stats: ActStats, config: Config) -> T
     return candidates[losses.index(min(losses))]
 
 
-def simulated_error(weight: Tensor, scale: Tensor, stats: ActStats, config: Config) -> float:
+def simulated_error(
+    weight: Tensor, scale: Tensor, stats: ActStats, config: SmoothQuantConfig
+) -> float:
     """Mean over sampled tokens of ||Q(W s) Q(x / s) - W x||^2 / ||W x||^2.
 
     Relative to each token: a token with a massive activation has a massive output as well, and the

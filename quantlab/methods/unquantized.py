@@ -13,14 +13,14 @@ from quantlab.packing import PackedWeight
 
 
 @dataclass(frozen=True)
-class Config(base.Config):
+class NoConfig(base.Config):
     """Nothing to choose."""
 
 
 class _Unquantized(base.Quantizer):
     paper = ""
     quantizes = False
-    Config = Config
+    Config = NoConfig
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: Any

@@ -41,13 +41,13 @@ class Head:
     """From last hidden states to logits, as the model's own forward does it."""
 
     def __init__(self, module: Any) -> None:
-        self.linear: nn.Module = module.get_output_embeddings()
+        self.linear: nn.Module = module.get_output_embeddings()  # nothing else is kept alive
         config = module.config
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden).float()
+        logits: Tensor = self.linear(hidden).float()
         if self.scale is not None:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -67,7 +67,8 @@ class TorchScorer:
         ids = window if self.bos is None else torch.cat([window.new_tensor([self.bos]), window])
         device = next(self.module.parameters()).device
         output = self.module.base_model(ids[None].to(device), use_cache=False)
-        return output.last_hidden_state[0, -window.numel() :]
+        states: Tensor = output.last_hidden_state[0]
+        return states[-window.numel() :]
 
     @torch.inference_mode()
     def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -112,7 +113,8 @@ def reference_states(
 
     stacked = torch.stack(list(windows))
     key = hashlib.sha256(
-        f"{model.source.fingerprint}:{bos}".encode() + stacked.numpy().tobytes()
+        f"{model.source.fingerprint}:{bos}:{list(stacked.shape)}".encode()
+        + stacked.numpy().tobytes()
     ).hexdigest()[:24]
     path = home() / "references" / f"{key}.safetensors"
     head = Head(model.module)

@@ -16,7 +16,8 @@ class Block:
     """One decoder block: its module, its linears by path, and the folds that hold for it.
 
     `kinds` maps each linear's path to its kind in ggml's vocabulary (attn_q, ffn_down, …), or to
-    its path where the family is generic. `heads`, `kv_heads` and `head_dim` describe attention (for folds through the values).
+    its path where the family is generic. `heads`, `kv_heads` and `head_dim` describe attention (for
+    folds through the values).
     """
 
     index: int
@@ -52,7 +53,8 @@ def longest_module_list(model: nn.Module) -> str:
     ]
     if not found:
         raise ModelError("this model has no list of decoder blocks with linear layers")
-    return max(found, key=lambda pair: (pair[0], -len(pair[1])))[1]
+    _, path = max(found, key=lambda pair: (pair[0], -len(pair[1])))
+    return str(path)
 
 
 def get_block(model: nn.Module, family: Family, index: int) -> Block:

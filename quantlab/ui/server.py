@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantlab.ui.services import services
-from quantlab.ui.shared import i18n
+from quantlab.ui.shared import TRANSLATOR
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans JP")
@@ -149,7 +149,7 @@ def launch(demo: gr.Blocks, argv: Sequence[str] | None = None, **options: Any) -
         server_port=given.port,
         theme=theme(),
         head=f"<style>{style}</style><script>{script}</script>",
-        i18n=i18n,
+        i18n=TRANSLATOR,
         footer_links=["settings"],
         run_history=False,
         share=False,

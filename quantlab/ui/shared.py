@@ -9,15 +9,21 @@ import gradio as gr
 
 from quantlab.plots.words import translations
 
-i18n = gr.I18n(**translations())
-"""Labels of Gradio's own components: `i18n("model")` is translated in the browser."""
+TRANSLATOR = gr.I18n(**translations())
+
+
+def i18n(key: str) -> Any:
+    """A label, info or placeholder of Gradio's own components, translated in the browser."""
+    return TRANSLATOR(key)
+
 
 QUIET: dict[str, Any] = {
     "queue": False,
     "show_progress": "hidden",
     "api_visibility": "private",
 }
-"""Settings of events that answer in milliseconds and must not flicker."""
+"""Settings of events that answer in milliseconds and must not flicker. Outside of the queue, a
+`change` of a State that such an event fills is not noticed by the browser: use BUSY for those."""
 
 BUSY: dict[str, Any] = {
     "concurrency_limit": None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from quantlab.errors import ConfigError
 from quantlab.methods import METHODS, configure, parse_variant
@@ -104,18 +104,17 @@ def remove(data: list[dict[str, Any]], uid: str) -> list[Any]:
     return [item for item in data if item["uid"] != uid]
 
 
-def set_option(
-    data: list[dict[str, Any]], uid: str, field: dataclasses.Field[Any], value: object
-) -> list[Any]:
+def set_option(data: list[dict[str, Any]], uid: str, name: str, value: object) -> list[Any]:
     """The chips with one option changed; back at its default it is no longer an option."""
     changed = []
     for item in data:
-        if item["uid"] == uid:
+        fields = {field.name: field for field in option_fields(item["method"])}
+        if item["uid"] == uid and name in fields:
             options = dict(item["options"])
-            options.pop(field.name, None)
-            given = coerce(field, value)
-            if given is not None and given != default_of(field):
-                options[field.name] = given
+            options.pop(name, None)
+            given = coerce(fields[name], value)
+            if given is not None and given != default_of(fields[name]):
+                options[name] = given
             item = {**item, "options": dict(sorted(options.items()))}
         changed.append(item)
     return changed
@@ -129,21 +128,25 @@ def reset_options(data: list[dict[str, Any]], uid: str) -> list[Any]:
 
 def coerce(field: dataclasses.Field[Any], value: object) -> OptionValue | None:
     """What a control gives, in the type of the option; None where it was left empty."""
-    if value is None or value == "":
+    if value is None or not str(value).strip():
         return None
     if isinstance(field.default, bool):
         return bool(value)
-    if isinstance(field.default, float):
-        return float(str(value))
-    if isinstance(field.default, int):
-        number = float(str(value))
-        return int(number) if number.is_integer() else number
+    if isinstance(field.default, (int, float)):
+        try:
+            number = float(str(value))
+        except ValueError:
+            return str(value)  # `configure` refuses it and says what would be right.
+        whole = isinstance(field.default, int) and number.is_integer()
+        return int(number) if whole else number
     return str(value)
 
 
 def default_of(field: dataclasses.Field[Any]) -> OptionValue | None:
     """What an option is where the form says nothing; a group size then follows the run's."""
-    return None if field.name == "group_size" else field.default
+    if field.name == "group_size":
+        return None
+    return cast(OptionValue, field.default)
 
 
 def option_fields(method: str) -> list[dataclasses.Field[Any]]:
@@ -155,15 +158,15 @@ def option_fields(method: str) -> list[dataclasses.Field[Any]]:
     ]
 
 
-def help_text(field: dataclasses.Field[Any]) -> str:
-    """An option's help with its range and what the paper uses."""
-    parts = [str(field.metadata["help"])]
+def limits(field: dataclasses.Field[Any]) -> str:
+    """An option's range and what the paper uses, in brackets; '' where there is neither."""
+    parts = []
     low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
     if field.metadata.get("choices") is None and low is not None and high is not None:
-        parts.append(f"[{low:g} – {high:g}]")
+        parts.append(f"{low:g} – {high:g}")
     if field.metadata.get("paper"):
-        parts.append(f"(paper: {field.metadata['paper']})")
-    return " ".join(parts)
+        parts.append(f"paper: {field.metadata['paper']}")
+    return f"[{'; '.join(parts)}]" if parts else ""
 
 
 def specs(data: list[dict[str, Any]], group_size: int | None = None) -> tuple[VariantSpec, ...]:

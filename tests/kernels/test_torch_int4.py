@@ -187,7 +187,7 @@ def test_unpack_inverts_the_documented_layout(block: int) -> None:
 
 def test_memory_is_one_copy_of_the_codes() -> None:
     """Far below the 16 bits of bfloat16: 4 bits and a pair of bfloat16 for each group of 64."""
-    layer, _ = layer_of(192, 576, 64)
+    layer, _ = layer_of(192, 576, 64, bias=False)
     total = sum(tensor.nbytes for tensor in layer.tensors().values())
     assert total * 8 == 192 * 576 * 4.5
 
