@@ -113,8 +113,6 @@ class QuantLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer {self.in_features}")
         shape = (*x.shape[:-1], self.out_features)
-        if not x.numel():
-            return x.new_empty(shape)
         rows = x.detach().reshape(-1, self.in_features).to(self.dtype)
         y = self._simulate(rows) if self._prepared is None else self._prepared(rows)
         return y.to(x.dtype).view(shape)

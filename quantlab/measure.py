@@ -55,7 +55,9 @@ def measure(
             size_bytes=prepared.size_bytes,
             bits_per_weight=8 * prepared.size_bytes / prepared.parameters,
             quantize_seconds=prepared.seconds,
-            peak_rss_bytes=max(peak_rss_bytes(), prepared.peak_rss or 0),
+            peak_rss_bytes=max(
+                peak_rss_bytes() + runner.other_peak_bytes(), prepared.peak_rss or 0
+            ),
             **({} if speed is None else dataclasses.asdict(speed)),
             kernel=runner.kernel,
             execution=runner.execution,

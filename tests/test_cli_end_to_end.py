@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+from tests.tiny import saved
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--text", "text.txt", "--eval-tokens", "128", "--window", "32", "--threads", "1"]
@@ -55,38 +56,15 @@ class Terminal:
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
         with self.start(arguments) as process:
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of two blocks with a byte tokenizer, and a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """A random llama of two blocks with a small tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("tiny")
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocabulary = {piece: index for index, piece in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "model")
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    saved(folder / "model")
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     return folder
 

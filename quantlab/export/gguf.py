@@ -9,6 +9,7 @@ The `gguf` package writes the container; what stands in it is decided in `gguf_m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.export.gguf_header import read_header
 from quantlab.export.gguf_model import (
     ARCHITECTURES,
     add_metadata,
@@ -34,7 +36,6 @@ from quantlab.ggml import FORMATS
 from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.layers import QuantLinear
 from quantlab.models import LoadedModel
-from quantlab.models.source import check_gguf
 from quantlab.packing import GGMLWeight, PackedWeight
 
 
@@ -96,31 +97,30 @@ def read(path: Path) -> dict[str, GGMLWeight]:
 
     Raises: ModelError for a file that is corrupt, truncated or holds a format QuantLab lacks.
     """
-    from gguf import GGUFReader
-
-    check_gguf(path)
     names = {entry.type_id: entry.name for entry in FORMATS.values()}
     weights = {}
-    for tensor in GGUFReader(str(path)).tensors:
-        kind = names.get(int(tensor.tensor_type))
-        if kind is None:
-            raise ModelError(
-                f"model: {path.name} holds {tensor.name} as {tensor.tensor_type.name}, "
-                f"which QuantLab does not read; it reads {', '.join(FORMATS)}"
+    with path.open("rb") as file:
+        for info in read_header(path).tensors.values():
+            if info.type_id not in names:
+                raise ModelError(
+                    f"model: {path.name} holds {info.name} in ggml type {info.type_id}, which "
+                    f"QuantLab does not read; it reads {', '.join(FORMATS)}"
+                )
+            data = bytearray(info.size)
+            file.seek(info.start)
+            file.readinto(data)
+            rows = math.prod(info.shape[1:])
+            weights[info.name] = GGMLWeight(
+                torch.frombuffer(data, dtype=torch.uint8).view(rows, -1),
+                names[info.type_id],
+                info.shape[0],
             )
-        columns = int(tensor.shape[0])
-        data = np.array(tensor.data).reshape(-1).view(np.uint8)
-        rows = int(tensor.n_elements) // columns
-        weights[str(tensor.name)] = GGMLWeight(torch.from_numpy(data).view(rows, -1), kind, columns)
     return weights
 
 
 def weight_bytes(path: Path) -> int:
     """Bytes of all tensors in the file, without metadata and padding. Raises: ModelError."""
-    from gguf import GGUFReader
-
-    check_gguf(path)
-    return sum(int(tensor.n_bytes) for tensor in GGUFReader(str(path)).tensors)
+    return sum(info.size for info in read_header(path).tensors.values())
 
 
 @dataclass(frozen=True)

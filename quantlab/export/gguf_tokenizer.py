@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ModelError
+from quantlab.export.gguf_header import ARRAY, read_header
 from quantlab.models import LoadedModel
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -101,25 +102,20 @@ def add_tokenizer(writer: Any, model: LoadedModel, rows: int) -> None:
 
 def _copy(writer: Any, path: Path, rows: int) -> None:
     """Every tokenizer field (and the licence) of a GGUF file, byte for byte."""
-    from gguf import GGUFReader, GGUFValueType
+    from gguf import GGUFValueType
 
-    reader = GGUFReader(str(path))
-    tokens = reader.get_field("tokenizer.ggml.tokens")
-    count = 0 if tokens is None else len(tokens.data)
+    fields = read_header(path).fields
+    count = len(fields["tokenizer.ggml.tokens"].values) if "tokenizer.ggml.tokens" in fields else 0
     if count != rows:
         raise ModelError(f"model: {path.name} has {count} tokens and {rows} embedding rows")
-    for key, field in reader.fields.items():
-        if not key.startswith(("tokenizer.", "general.license")):
+    for key, field in fields.items():
+        if not key.startswith(("tokenizer.", "general.license")) or not field.values:
             continue
-        kind, inner = field.types[0], field.types[-1]
-        values = [field.parts[part] for part in field.data]
-        plain = [
-            part.tobytes() if inner == GGUFValueType.STRING else part[0].item() for part in values
-        ]
-        if kind == GGUFValueType.ARRAY:
-            writer.add_key_value(key, plain, kind, sub_type=inner)
+        if field.kind == ARRAY:
+            inner = GGUFValueType(field.inner)
+            writer.add_key_value(key, field.values, GGUFValueType.ARRAY, sub_type=inner)
         else:
-            writer.add_key_value(key, plain[0], kind)
+            writer.add_key_value(key, field.values[0], GGUFValueType(field.kind))
 
 
 def read_vocabulary(tokenizer: Any, rows: int) -> tuple[Vocabulary, Sequence[str]]:

@@ -6,7 +6,6 @@ import resource
 import sys
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -19,14 +18,17 @@ def reset_peak() -> bool:
     return True
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident set since the last `reset_peak`, bytes; since the start of the process where
-    it cannot be reset."""
+def peak_rss_bytes(process: int | None = None) -> int:
+    """Largest resident set of this (or another) process, bytes: since the last `reset_peak`, or since
+    its start where it cannot be reset. 0 for another process that cannot be seen."""
     try:
-        for line in _STATUS.read_text().splitlines():
+        status = Path(f"/proc/{'self' if process is None else process}/status")
+        for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    if process is not None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

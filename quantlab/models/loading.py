@@ -174,10 +174,8 @@ def _from_transformers(
     extra: dict[str, Any] = {} if file is None else {"gguf_file": file}
     if file is None and not allow_pickle:
         extra["use_safetensors"] = True
-    module: Any
-    found: Any
     with _quiet_transformers(), _one_message(file or where):
-        module, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -185,6 +183,7 @@ def _from_transformers(
             ignore_mismatched_sizes=True,
             **extra,
         )
+        module, found = loaded
         _check_complete(file or where, found)
         return module, load_tokenizer(where, file, trust_remote_code)
 

@@ -367,4 +367,4 @@ def _contrast(method: str, dark: bool) -> str:
 
 
 def _bar_height(count: int) -> int:
-    return 130 + 34 * max(count, 3)
+    return 130 + 34 * max(count, 2)

@@ -53,10 +53,17 @@ def _record_row(record: ResultRecord, winners: dict[str, str], say: Words) -> di
         "state": record.status,
         "cells": table.cells(record, winners) if done else [],
         "badges": table.badges(record),
-        "error": record.error or say("error_unknown"),
+        "error": reason(record, say),
         "hint": record.hint,
         "details": details(record, say) if done else [],
     }
+
+
+def reason(record: ResultRecord, say: Words) -> str:
+    """Why there is no result; a variant that was cancelled needs no further words."""
+    if record.error:
+        return record.error
+    return "" if record.status == "cancelled" else say("error_unknown")
 
 
 def _pending_row(row: Pending) -> dict[str, object]:
@@ -186,7 +193,7 @@ def _column(
         "pieces": [{"kind": "shared", "text": column.text.lstrip(" "), "tip": ""}],
     }
     if record is not None and record.status == "failed":
-        values |= {"error": record.error or say("error_unknown"), "hint": record.hint}
+        values |= {"error": reason(record, say), "hint": record.hint}
     if output is None:
         return values
     total = len(output.tokens)

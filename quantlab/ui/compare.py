@@ -147,7 +147,7 @@ def _texts(tab: Compare, start: dict[str, Any]) -> None:
             _number(tab, start, "calibration_tokens")
             _number(tab, start, "eval_tokens")
         with gr.Row():
-            _number(tab, start, "calibration_length")
+            _number(tab, start, "calibration_length", "calibration_length_info")
             _number(tab, start, "window", "window_info")
         _message(tab, "texts")
 
@@ -157,13 +157,14 @@ def _advanced(tab: Compare, start: dict[str, Any]) -> None:
         tab.accordions["advanced"] = section
         with gr.Row():
             _number(tab, start, "group_size", "group_size_info")
-            _number(tab, start, "seed")
+            _number(tab, start, "seed", "seed_info")
         with gr.Row():
             _number(tab, start, "threads", "threads_info")
             tab.inputs["device"] = gr.Dropdown(
                 ["auto", "cpu", "cuda"],
                 value=start["device"],
                 label=i18n("device"),
+                info=i18n("device_info"),
                 elem_id="device",
                 min_width=120,
             )

@@ -132,10 +132,10 @@ def place_of(error: QuantLabError) -> str:
         return "model"
     if not isinstance(error, ConfigError):
         return "run"
-    # `gptq:4: group_size=0: …` is about a variant, `group_size=0: …` about a field of the form.
-    words = re.findall(r"[a-z_0-9]+", str(error).lower().replace("-", "_"))
-    first = words[0] if words else ""
+    # `gptq:4:clip=true: group_size=0: …` is about the run's group size, because the variant's own
+    # name does not set one; `group_size: …` is about a field of the form.
+    text = str(error)
+    first = re.split(r"[:=\s]", text.strip().lower(), maxsplit=1)[0].replace("-", "_")
     if first in METHODS:
-        own = next((word for word in words[1:4] if word in _PLACE_OF), "")
-        return "advanced" if own == "group_size" else "variants"
+        return "advanced" if text.count("group_size=") == 1 else "variants"
     return _PLACE_OF.get(first, "run")

@@ -136,7 +136,7 @@ def queue(client: Client, services: Services, run_id: str) -> str:
         )
     if not waiting and all(job["current"] for job in jobs):
         jobs = []
-    heading = say("queue_heading", count=len(waiting))
+    heading = say("queue_heading", count=len(waiting)) if waiting else ""
     return render("queue.html", client.language, jobs=jobs, heading=heading)
 
 

@@ -159,7 +159,7 @@ Make = Callable[..., LoadedModel]
 
 
 @pytest.fixture(scope="session")
-def tokenizers() -> Callable[[str], PreTrainedTokenizerFast]:
+def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
     """By llama.cpp's name of the pre-tokenizer, 'sentencepiece' or 'unknown'; made once."""
     made: dict[str, PreTrainedTokenizerFast] = {}
 
@@ -174,7 +174,7 @@ def tokenizers() -> Callable[[str], PreTrainedTokenizerFast]:
 
 @pytest.fixture
 def make(
-    tmp_path: Path, tokenizers: Callable[[str], PreTrainedTokenizerFast]
+    tmp_path: Path, tokenizer_of: Callable[[str], PreTrainedTokenizerFast]
 ) -> Make:
     """`make(family, tokenizer="gpt-2", **config) -> LoadedModel`, float32, from a folder of its own.
 
@@ -193,7 +193,7 @@ def make(
                 parameter.copy_(1 + 0.2 * noise if norm else 0.15 * noise)
         folder = tmp_path / family
         module.save_pretrained(folder)
-        tokenizers(tokenizer).save_pretrained(folder)
+        tokenizer_of(tokenizer).save_pretrained(folder)
         return load(str(folder))
 
     return build
