@@ -191,6 +191,12 @@
     });
   }
 
+  // On a narrow page the results lie below the form: show them when a run has been started.
+  function reveal(id) {
+    if (innerWidth <= 980 && !document.querySelector("#form [role=alert]"))
+      document.getElementById(id)?.scrollIntoView({ block: "start" });
+  }
+
   // One tooltip for the page, on hover and on keyboard focus, never cut off by a scrolling box.
   const tip = document.createElement("div");
   tip.id = "ql-tip";
@@ -255,5 +261,5 @@
     else if (tries) setTimeout(() => download(id, tries - 1), 50);
   }
 
-  window.quantlab = { download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message };
+  window.quantlab = { download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal };
 })();

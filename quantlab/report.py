@@ -81,7 +81,9 @@ def reproduce_command(spec: RunSpec) -> str:
         value = getattr(spec, name)
         if value != getattr(standard, name):
             parts.append(f"{flag} {shlex.quote(str(value))}")
-    parts += [f"--prompt {shlex.quote(prompt)}" for prompt in spec.prompts]
+    for prompt in spec.prompts:
+        # With an equals sign where the prompt would be taken for an option.
+        parts.append(f"--prompt{'=' if prompt.startswith('-') else ' '}{shlex.quote(prompt)}")
     if spec.allow_pickle:
         parts.append("--allow-pickle")
     if spec.trust_remote_code:
@@ -145,7 +147,7 @@ def to_html(run: Run, language: str | None = None) -> str:
         figures=drawn,
         data=Markup(_script_json(data)),
         settings=settings(run.spec, say),
-        environment=environment_rows(run.environment),
+        environment=environment_rows(run.environment, say),
         command=reproduce_command(run.spec),
     )
     return page
@@ -166,15 +168,21 @@ def settings(spec: RunSpec, say: Words) -> list[tuple[str, str]]:
     return [(say(f"setting_{key}"), value) for key, value in rows]
 
 
-def environment_rows(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested environment as flat names and values."""
+def environment_rows(
+    environment: Mapping[str, Any], say: Words, prefix: str = ""
+) -> list[tuple[str, str]]:
+    """A nested environment as flat names and values, sizes and truths as people write them."""
     rows: list[tuple[str, str]] = []
     for key, value in environment.items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, Mapping):
-            rows += environment_rows(value, f"{name} · ")
+            rows += environment_rows(value, say, f"{name} · ")
         elif isinstance(value, (list, tuple)):
             rows.append((name, ", ".join(map(str, value)) or numbers.NOTHING))
+        elif isinstance(value, bool):
+            rows.append((name, say("yes" if value else "no")))
+        elif key.endswith("_bytes") and isinstance(value, int):
+            rows.append((name.removesuffix(" bytes"), numbers.gigabytes(value)))
         else:
             rows.append((name, numbers.NOTHING if value is None else str(value)))
     return rows

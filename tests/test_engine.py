@@ -227,6 +227,8 @@ def test_top_p_keeps_the_smallest_sufficient_set() -> None:
     assert set(draws(Sampler(1.0, 0.51, seed=0), logits, 200)) == {1, 2}
     assert set(draws(Sampler(1.0, 0.81, seed=0), logits, 200)) == {0, 1, 2}
     assert set(draws(Sampler(1.0, 1e-9, seed=0), logits, 50)) == {1}
+    # Exactly half is sufficient, and among equals the lower id comes first.
+    assert set(draws(Sampler(1.0, 0.5, seed=0), torch.zeros(2), 50)) == {0}
 
 
 def test_sampling_is_seeded() -> None:
@@ -241,7 +243,7 @@ def test_sampling_is_seeded() -> None:
     assert sampled != generate(model, random_ids(4), max_new_tokens=9)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-307])
 def test_cold_sampling_is_greedy(temperature: float) -> None:
     logits = torch.tensor([-50.0, 1e4, 3.0, 9e3])
     assert set(draws(Sampler(temperature), logits, 20)) == {1}
@@ -359,6 +361,9 @@ def test_byte_tokens_wait_for_the_end_of_their_run() -> None:
     assert text_pieces(tokenizer, ids) == ("the", "", "", "", "€s")
     broken = tokenizer.convert_tokens_to_ids(["▁the", *euro, "<0xFF>", "s"])
     assert "".join(text_pieces(tokenizer, broken)) == decoded(tokenizer, broken)
+    # A skipped special token does not end the run.
+    hidden = tokenizer.convert_tokens_to_ids(["<0x41>", "</s>", "<0x80>"])
+    assert "".join(text_pieces(tokenizer, hidden)) == decoded(tokenizer, hidden) == "\ufffd\ufffd"
 
 
 # --- prompts -----------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ report < cli
 """`a < b`: a must not import b. Rooms that no chain orders may use each other in one direction."""
 
 ROOMS = {
+    "quantlab.llamacpp_process": "llamacpp",
     "quantlab.locks": "store",
     "quantlab.database": "store",
     "quantlab.runs": "store",

@@ -48,6 +48,7 @@ CANDIDATES = ("gpt-2", "llama-bpe", "qwen2", "smollm", "default")
 PROBE = (
     "The quick brown fox jumps over 12 lazy dogs; it's 3.14159, they'll say, and WE'RE DONE.",
     "  two  spaces,   three\n\nlines\n \n  indented\ttabs \t \n\n\n end  ",
+    "columns of numbers:  7   42    365     1024\n",
     "for (int i = 0; i < 1000000; ++i) { x[i] += 0x1F * y->z; } // done!\r\n",
     "na\u00efve caf\u00e9, \u00dcbergr\u00f6\u00dfe, \u041c\u043e\u0441\u043a\u0432\u0430 2024, "
     "\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002",

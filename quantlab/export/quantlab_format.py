@@ -108,6 +108,7 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LoadedModel
     check_safetensors(folder / WEIGHTS)
     tensors = load_file(folder / WEIGHTS)
     module, tokenizer = skeleton(folder, dtype)
+    family = family_of(module)  # while its linears are still plain
     try:
         for path, description in about["packed"].items():
             fields = {
@@ -116,14 +117,14 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LoadedModel
             }
             weight = restore(description, fields)
             old = module.get_submodule(path)
-            bias = tensors.pop(f"{path}.bias", None)
+            bias = tensors.get(f"{path}.bias")
             if tuple(weight.shape) != tuple(old.weight.shape):
                 raise ConfigError(f"{path} has shape {weight.shape}")
             replace_linear(module, path, QuantLinear(weight, bias, dtype=dtype))
     except (ConfigError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(f"model: {folder.name} is damaged ({error})") from None
     _fill(module, tensors, folder.name)
-    model = LoadedModel(locate(str(folder)), module, tokenizer, family_of(module))
+    model = LoadedModel(locate(str(folder)), module, tokenizer, family)
     return model, about
 
 

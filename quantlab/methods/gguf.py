@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantlab.calibration import ActStats
 from quantlab.ggml import quantize_rows
-from quantlab.ggml.mixes import FILE_TYPES, tensor_type
+from quantlab.ggml.mixes import FILE_TYPES, TENSOR_KINDS, tensor_type
 from quantlab.methods import base
 from quantlab.models import Block
 from quantlab.packing import GGMLWeight, PackedWeight
@@ -66,5 +66,7 @@ def quantize_tensor(
     """One linear in the block format that the mix gives it."""
     rows, columns = weight.shape
     gqa = block.heads // block.kv_heads
+    if kind not in TENSOR_KINDS:  # a generic family; no rule of any mix singles out ffn_up
+        kind = "ffn_up"
     name = tensor_type(config.type, kind, index, count, columns, rows, gqa=gqa, tied_head=False)
     return GGMLWeight(quantize_rows(weight.float(), name), name, columns)

@@ -11,6 +11,8 @@ from quantlab.plots.words import Words, words
 from quantlab.results import ResultRecord
 from quantlab.types import Generation
 
+SHOWN = [column.key for column in table.COLUMNS if column.narrow]
+
 
 @dataclass(frozen=True)
 class Pending:
@@ -40,8 +42,7 @@ def results_table(
             rows.append(_record_row(by_name[name], winners, say))
         elif name in waiting:
             rows.append(_pending_row(waiting[name]))
-    columns = [column.key for column in table.COLUMNS]
-    return render("table.html", language, rows=rows, columns=columns)
+    return render("table.html", language, rows=rows, columns=SHOWN)
 
 
 def _record_row(record: ResultRecord, winners: dict[str, str], say: Words) -> dict[str, object]:
@@ -51,7 +52,9 @@ def _record_row(record: ResultRecord, winners: dict[str, str], say: Words) -> di
         "method": record.method,
         "label": palette.short(record),
         "state": record.status,
-        "cells": table.cells(record, winners) if done else [],
+        "cells": [cell for cell in table.cells(record, winners) if cell.key in SHOWN]
+        if done
+        else [],
         "badges": table.badges(record),
         "error": reason(record, say),
         "hint": record.hint,

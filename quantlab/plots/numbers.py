@@ -25,7 +25,7 @@ def divergence(value: float | None) -> str:
     if value == 0:
         return "0"
     if abs(value) < 1e-4:
-        return f"{value:.1e}"
+        return f"{value:.2e}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:.{digits}f}"
 
@@ -36,7 +36,7 @@ def plus_minus(interval: tuple[float, float] | None, like: str) -> str:
         return ""
     half = (interval[1] - interval[0]) / 2
     decimals = len(like.partition(".")[2]) if "e" not in like else None
-    return f"± {half:.{decimals}f}" if decimals is not None else f"± {half:.1e}"
+    return f"± {half:.{decimals}f}" if decimals is not None else f"± {half:.2e}"
 
 
 def megabytes(value: float | None) -> str:

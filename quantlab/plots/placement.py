@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 WIDTH, HEIGHT = 430.0, 260.0
 """The plotting area that is planned for, in pixels; real ones are seldom smaller."""
 LETTER, LINE, GAP = 6.6, 14.0, 9.0
 """Width of a letter, height of a line and distance of a label from its point, in pixels."""
+
+LABELS = 5.0
+"""How much worse it is to cover another label than to cover a point or a bar."""
+
+OUTSIDE = 40.0
+"""And to leave the plotting area, for every pixel."""
+ROUNDS, ORDERS = 6, 24
 
 POSITIONS = {
     "middle right": (1.0, 0.0),
@@ -61,29 +69,54 @@ def place(
     """Plotly's `textposition` for each point.
 
     `points` lie in the unit square (0, 0 at the lower left of the plotting area), `intervals` are
-    the heights between which a bar is drawn through each. Greedy, in the order given: each label
-    takes the position that covers least of the points, bars and labels so far; among equals, the
-    first of `POSITIONS`.
+    the heights between which a bar is drawn through each. Each label in turn takes the position
+    that covers least of the points, the bars and the other labels (among equals, the first of
+    `POSITIONS`), until none moves any more. Where that ends depends on who begins, so some orders
+    are tried, the same ones every time; the least covered result wins.
     """
     pixels = [(x * WIDTH, y * HEIGHT) for x, y in points]
-    taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in pixels]
+    dots = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in pixels]
     bars = [
         Box(x - 2, low * HEIGHT, x + 2, high * HEIGHT)
         for (x, _), (low, high) in zip(pixels, intervals, strict=False)
     ]
-    chosen: list[str] = []
-    for index, ((x, y), text) in enumerate(zip(pixels, labels, strict=True)):
-        costs: dict[str, float] = {}
-        for name, direction in POSITIONS.items():
-            box = _box(x, y, text, direction)
-            covered = sum(
-                box.overlap(other)
-                for other_index, other in enumerate(taken)
-                if other_index != index
-            )
-            covered += sum(box.overlap(bar) for bar in bars)
-            costs[name] = covered + 40 * box.outside()
-        best = min(costs, key=lambda name: costs[name])
-        chosen.append(best)
-        taken.append(_box(x, y, text, POSITIONS[best]))
-    return chosen
+    choices = [
+        {name: _box(x, y, text, direction) for name, direction in POSITIONS.items()}
+        for (x, y), text in zip(pixels, labels, strict=True)
+    ]
+    fixed: list[dict[str, float]] = []
+    for index, boxes in enumerate(choices):
+        seen = [*bars, *(dot for at, dot in enumerate(dots) if at != index)]
+        fixed.append(
+            {
+                name: sum(box.overlap(other) for other in seen) + OUTSIDE * box.outside()
+                for name, box in boxes.items()
+            }
+        )
+    order, shuffle = list(range(len(pixels))), Random(0).shuffle
+    tries = []
+    for _ in range(ORDERS):
+        tries.append(_settle(order, choices, fixed))
+        shuffle(order)
+    return min(tries, key=lambda result: result[0])[1]
+
+
+def _settle(
+    order: Sequence[int], choices: list[dict[str, Box]], fixed: list[dict[str, float]]
+) -> tuple[float, list[str]]:
+    """(total cost, positions) when labels choose in this order until none moves any more."""
+    chosen: dict[int, str] = {}
+    costs: dict[int, float] = {}
+    for _ in range(ROUNDS):
+        before = dict(chosen)
+        for index in order:
+            others = [choices[at][name] for at, name in chosen.items() if at != index]
+            cost = {
+                name: fixed[index][name] + LABELS * sum(box.overlap(other) for other in others)
+                for name, box in choices[index].items()
+            }
+            chosen[index] = min(cost, key=lambda name: cost[name])
+            costs[index] = cost[chosen[index]]
+        if chosen == before:
+            break
+    return sum(costs.values()), [chosen[index] for index in range(len(choices))]

@@ -28,6 +28,8 @@ class Column:
     interval: Callable[[ResultRecord], tuple[float, float] | None] | None = None
     compare: verdict.Measure | None = None
     exact: bool = False
+    narrow: bool = True
+    """Whether a page shows it in the table itself rather than in the row's details."""
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -52,6 +54,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("prefill", lambda r: r.prefill_tokens_per_second, numbers.speed),
     Column("ttft", lambda r: r.time_to_first_token_seconds, numbers.milliseconds),
     Column("quantized", lambda r: r.quantize_seconds, numbers.duration),
+    Column("memory", lambda r: r.peak_rss_bytes, numbers.megabytes, narrow=False),
 )
 
 

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from quantlab import pipeline
-from quantlab.errors import QuantLabError
 from quantlab.methods import METHODS
 from quantlab.models import CATALOGUE
-from quantlab.plots import FIGURES, numbers
-from quantlab.plots.templates import render
-from quantlab.types import RunSpec
-from quantlab.ui import form, options, variants
-from quantlab.ui.client import Client
-from quantlab.ui.messages import error_message, message
-from quantlab.ui.services import services
+from quantlab.plots import FIGURES
+from quantlab.ui import actions, form, options, variants
 from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
 
 TEXT_NAMES = ("project", "self", "wikitext2", "c4")
@@ -142,7 +132,7 @@ def _texts(tab: Compare, start: dict[str, Any]) -> None:
                 size="sm",
                 elem_id=f"upload-{label}",
             )
-            upload.upload(_uploaded, upload, tab.inputs[name], **BUSY)
+            upload.upload(actions.uploaded, upload, tab.inputs[name], **BUSY)
         with gr.Row():
             _number(tab, start, "calibration_tokens")
             _number(tab, start, "eval_tokens")
@@ -249,7 +239,7 @@ def _connect(tab: Compare, shared: Shared) -> None:
     gr.on(
         [component.input for name, component in tab.inputs.items() if name != "variants"]
         + [tab.inputs[name].change for name in ("variants", "calibration", "text")],
-        _look,
+        actions.look,
         [shared.client, *inputs],
         [tab.estimate, tab.saved, *places, *accordions],
         trigger_mode="always_last",
@@ -262,15 +252,19 @@ def _connect(tab: Compare, shared: Shared) -> None:
         **QUIET,
     )
     started = tab.run.click(
-        _run,
+        actions.start,
         [shared.client, shared.run_id, *inputs],
         [shared.run_id, *places, *accordions],
         **BUSY,
     )
-    shared.repaint.append(started)
-    shared.repaint.append(tab.pieces["cancel"].click(_cancel, [shared.run_id], None, **QUIET))
-    shared.repaint.append(tab.pieces["queue"].show(_show, None, shared.run_id, **QUIET))
-    shared.repaint.append(tab.pieces["queue"].cancel(_cancel_other, None, None, **QUIET))
+    started.then(None, None, None, js="() => window.quantlab.reveal('results')")
+    queue = tab.pieces["queue"]
+    shared.repaint += [
+        started,
+        tab.pieces["cancel"].click(actions.cancel, shared.run_id, None, **QUIET),
+        queue.show(actions.show, None, shared.run_id, **QUIET),
+        queue.cancel(actions.cancel_other, None, None, **QUIET),
+    ]
 
 
 def _connect_adding(tab: Compare, shared: Shared, method: Any, kind: Any, add: Any) -> None:
@@ -282,128 +276,14 @@ def _connect_adding(tab: Compare, shared: Shared, method: Any, kind: Any, add: A
 
     method.input(kinds, method, kind, **QUIET)
     add.click(
-        _added,
+        actions.added,
         [shared.client, tab.inputs["variants"], method, kind],
         [tab.inputs["variants"], tab.options, tab.messages["variants"]],
         **BUSY,
     )
     tab.chips.remove(
-        _removed,
+        actions.removed,
         [shared.client, tab.inputs["variants"]],
         [tab.inputs["variants"], tab.options],
         **BUSY,
     )
-
-
-def _added(
-    client: Client, data: list[dict[str, Any]], method: str, kind: str | None
-) -> tuple[Any, Any, str]:
-    try:
-        more = variants.add(data, method, kind, client.say)
-    except QuantLabError as error:
-        return gr.skip(), gr.skip(), error_message(error, client.language)
-    return more, options.options_html(more, client), ""
-
-
-def _removed(
-    client: Client, data: list[dict[str, Any]], event: gr.EventData
-) -> tuple[list[Any], str]:
-    fewer = variants.remove(data, str(event._data["value"]))
-    return fewer, options.options_html(fewer, client)
-
-
-def _uploaded(path: str) -> str:
-    """Keep an uploaded text where it outlives the browser's temporary files; returns its path."""
-    source = Path(path)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
-    folder = services().store.root / "texts" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / source.name
-    shutil.copyfile(source, target)
-    return str(target)
-
-
-def placed(error: QuantLabError | None, client: Client, note: str = "") -> list[Any]:
-    """The messages of all places and the accordions: one error where it belongs, else the note."""
-    where = form.place_of(error) if error else "run"
-    shown: list[Any] = [""] * len(form.PLACES)
-    if error is not None:
-        shown[form.PLACES.index(where)] = error_message(error, client.language)
-    elif note:
-        shown[form.PLACES.index("run")] = message(note, client.language)
-    opened = [
-        gr.Accordion(open=True) if error is not None and name == where else gr.skip()
-        for name in ("texts", "prompts", "advanced")
-    ]
-    return [*shown, *opened]
-
-
-def estimate_html(client: Client, spec: RunSpec) -> str:
-    """Time and memory of a run; where they cannot be known yet, the pipeline's note says why."""
-    cost = pipeline.estimate(spec)
-    return render(
-        "estimate.html",
-        client.language,
-        time=numbers.clock(cost.seconds) if cost.seconds else None,
-        memory=numbers.gigabytes(cost.peak_bytes) if cost.peak_bytes else None,
-        note=cost.note,
-    )
-
-
-def no_estimate(client: Client) -> str:
-    return render("estimate_none.html", client.language)
-
-
-def _look(client: Client, *values: Any) -> list[Any]:
-    """The form has changed: estimate it again, keep it in the browser, show what is wrong."""
-    data = dict(zip(form.FIELDS, values, strict=True))
-    problem = None
-    try:
-        spec = form.spec_of(data, client.say)
-        shown = estimate_html(client, spec)
-    except QuantLabError as error:
-        shown, problem = no_estimate(client), error
-    messages = placed(problem, client)
-    at_run = form.PLACES.index("run")
-    if not messages[at_run]:  # What the Run button said last stays until it is pressed again.
-        messages[at_run] = gr.skip()
-    return [shown, data, *messages]
-
-
-def _run(client: Client, run_id: str, *values: Any) -> list[Any]:
-    """Queue the comparison of the form; an error stays beside the control it is about."""
-    say = client.say
-    try:
-        spec = form.spec_of(dict(zip(form.FIELDS, values, strict=True)), say)
-        pipeline.validate(spec)
-        queue = services().queue
-        before = {queue.active(), *queue.waiting()} - {None}
-        new = queue.submit(spec)
-        view = queue.view(new)
-    except QuantLabError as error:
-        return [gr.skip(), *placed(error, client)]
-    if new in before:
-        return [new, *placed(None, client, say("run_same", status=say(f"status_{view.status}")))]
-    if before:
-        # Whoever watches the running one goes on watching it; the queue shows the new one.
-        shown = gr.skip() if run_id in before else new
-        note = say("run_queued", position=max(view.position, 1))
-        return [shown, *placed(None, client, note)]
-    return [new, *placed(None, client, say("run_started"))]
-
-
-def _cancel(run_id: str) -> None:
-    """Cancel the run in view, and with it the answers that are being generated for it."""
-    queue = services().queue
-    active = queue.active()
-    if active and services().comparison_of(active) == run_id:
-        queue.cancel(active)
-    queue.cancel(run_id)
-
-
-def _cancel_other(event: gr.EventData) -> None:
-    services().queue.cancel(str(event._data["value"]))
-
-
-def _show(event: gr.EventData) -> str:
-    return services().comparison_of(str(event._data["value"]))

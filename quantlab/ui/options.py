@@ -60,9 +60,7 @@ def options_html(data: list[dict[str, Any]], client: Client) -> str:
     return render("options.html", client.language, variants=shown)
 
 
-def _option(
-    one: variants.Chip, field: dataclasses.Field[Any], client: Client
-) -> dict[str, object]:
+def _option(one: variants.Chip, field: dataclasses.Field[Any], client: Client) -> dict[str, object]:
     """A checkbox, drop-down or text field, as the option's metadata asks for."""
     label, help_text = _texts(one.spec.method, field, client)
     value = dict(one.spec.options).get(field.name, variants.default_of(field))

@@ -10,6 +10,7 @@ import gradio as gr
 from quantlab.plots.words import NAMES
 from quantlab.ui import compare, form, options, outputs, runs, variants
 from quantlab.ui.client import Client
+from quantlab.ui.messages import message
 from quantlab.ui.painter import SLOW, paint
 from quantlab.ui.services import services
 from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
@@ -45,6 +46,7 @@ def build() -> gr.Blocks:
 
         pieces |= compare_tab.pieces | outputs_tab.pieces | runs_tab.pieces
         pieces |= {f"figure_{name}": plot for name, plot in compare_tab.figures.items()}
+        notice = compare_tab.messages["run"]
         chosen = [compare_tab.chips, compare_tab.options]
         inputs = [compare_tab.inputs[name] for name in form.FIELDS]
 
@@ -58,7 +60,7 @@ def build() -> gr.Blocks:
         arrived = demo.load(
             _arrive,
             [told, compare_tab.saved],
-            [shared.client, shared.run_id, shared.painted, language, *chosen, *inputs],
+            [shared.client, shared.run_id, shared.painted, language, notice, *chosen, *inputs],
             js=ARRIVE,
             **BUSY,
         )
@@ -70,7 +72,10 @@ def build() -> gr.Blocks:
         )
         opened = runs_page.select(lambda: services().history(fresh=True) and None, **QUIET)
         used = runs_tab.use.click(
-            _use, [shared.client, shared.run_id], [tabs, runs_tab.notice, compare_tab.options, *inputs], **BUSY
+            _use,
+            [shared.client, shared.run_id],
+            [tabs, runs_tab.notice, compare_tab.options, *inputs],
+            **BUSY,
         )
         language.input(None, language, None, js="(code) => window.quantlab.setLanguage(code)")
         pieces["timer"].tick(tick, watched, shown, **QUIET)
@@ -83,11 +88,15 @@ def _arrive(told: str, saved: object) -> list[Any]:
     """A browser tab has opened or reloaded the page: find its run and its form again."""
     client = Client.of(json.loads(told or "{}"))
     values = form.restored(saved)
+    shown = services().first_in_view(client.run)
+    lost = client.run and not services().known(client.run)
+    note = client.say("run_missing", id=client.run) if lost else ""
     return [
         client,
-        services().first_in_view(client.run),
+        shown,
         {},
         client.language,
+        message(note, client.language) if note else "",
         variants.chips_html(values["variants"], client.language),
         options.options_html(values["variants"], client),
         *(values[name] for name in form.FIELDS),

@@ -73,6 +73,7 @@ def _paint(painting: Painting, client: Client, run_id: str, at: Services) -> Non
     painting.html("table", views.table(client, view) if view else "")
     painting.html("empty", "" if view else views.empty(client))
     painting.html("detail", views.detail(client, view.run) if view else "")
+    painting.html("facts", views.facts(client, view.run) if view else "")
     shown = view is not None
     painting.put("detail_column", shown, gr.Column(visible=shown))
     active = view is not None and view.status in ACTIVE

@@ -55,6 +55,7 @@ def build(shared: Shared) -> Runs:
                         i18n("delete_yes"), variant="stop", size="sm", elem_id="delete-yes"
                     )
                     no = gr.Button(i18n("delete_no"), size="sm", elem_id="delete-no")
+            tab.pieces["facts"] = html("facts")
     tab.notice = html("runs-message", "quantlab.message(element, watch)")
     _connect(tab, shared, delete, question, yes, no)
     return tab

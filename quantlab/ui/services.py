@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from quantlab import pipeline
+from quantlab.errors import JobError
 from quantlab.jobs import JobQueue
 from quantlab.plots import palette
 from quantlab.runs import ACTIVE, Run
@@ -56,8 +57,7 @@ class Services:
         '' when there is none.
         """
         known = self.history(fresh=True)
-        ids = {run.id: run for run in known}
-        if wanted in ids:
+        if wanted and self.known(wanted):
             return self.comparison_of(wanted)
         active = self.queue.active()
         if active is not None:
@@ -66,6 +66,14 @@ class Services:
         if waiting:
             return self.comparison_of(waiting[-1].id)
         return next((run.id for run in known if run.kind == "compare"), "")
+
+    def known(self, run_id: str) -> bool:
+        """Whether there is such a run."""
+        try:
+            self.store.run_head(run_id)
+        except JobError:
+            return False
+        return True
 
     def comparison_of(self, run_id: str) -> str:
         """The comparison a run belongs to: itself, or the parent of answers."""

@@ -18,6 +18,9 @@ from quantlab.runs import ACTIVE, Run
 from quantlab.ui.client import Client
 from quantlab.ui.services import Services
 
+FEATURES = ("amx_int8", "avx512_vnni", "avx512_bf16")
+"""What the packed kernels live on; the header names those that this machine has."""
+
 
 def header(client: Client, run: Run | None, machine: dict[str, Any]) -> str:
     """The slim header: name, promise, environment, run in view."""
@@ -37,11 +40,11 @@ def environment_chips(machine: dict[str, Any], say: Words) -> list[dict[str, str
         str(machine.get("cpu") or machine.get("system") or ""),
         say("threads_count", count=machine.get("threads", machine.get("cores", "?"))),
         str(machine.get("gpu") or say("gpu_none")),
-        ", ".join(str(one).upper() for one in machine.get("cpu_features", ())),
+        ", ".join(one.upper() for one in FEATURES if one in machine.get("cpu_features", ())),
         say("network_online" if machine.get("network") else "network_offline"),
     ]
     chips = [{"text": fact, "tip": ""} for fact in facts if fact]
-    rows = [row for row in report.environment_rows(machine) if row[0] != "date"]
+    rows = [row for row in report.environment_rows(machine, say) if row[0] != "date"]
     chips[0]["tip"] = "\n".join(f"{name}: {value}" for name, value in rows)
     return chips
 
@@ -88,7 +91,7 @@ def step_line(variant: VariantView, say: Words) -> str:
     parts = [palette.variant_label(variant.label)]
     if variant.stage:
         parts.append(stage_name(variant.stage, say))
-    if variant.total > 0:
+    if variant.total > 1:
         key = "block_of" if variant.stage == "quantize" else "step_of"
         parts.append(say(key, done=variant.done, total=variant.total))
     return " · ".join(parts)
@@ -231,15 +234,23 @@ def runs(client: Client, history: Sequence[Run], run_id: str) -> str:
 
 
 def detail(client: Client, run: Run) -> str:
-    """Settings, environment and the reproducing command of the run in view."""
+    """The run in view by name, how it ended, and the command that reproduces it."""
     return render(
         "detail.html",
         client.language,
         run=run,
-        settings=report.settings(run.spec, client.say),
-        environment=report.environment_rows(run.environment),
         command=report.reproduce_command(run.spec),
         command_id="reproduce-command",
+    )
+
+
+def facts(client: Client, run: Run) -> str:
+    """Settings and environment of a run."""
+    return render(
+        "facts.html",
+        client.language,
+        settings=report.settings(run.spec, client.say),
+        environment=report.environment_rows(run.environment, client.say),
     )
 
 

@@ -102,9 +102,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
         for cut in range(1, len(piece))
         if piece[:cut] in vocab and piece[cut:] in vocab
     ]
-    tokenizer = Tokenizer(
-        BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -173,10 +171,8 @@ def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
 
 
 @pytest.fixture
-def make(
-    tmp_path: Path, tokenizer_of: Callable[[str], PreTrainedTokenizerFast]
-) -> Make:
-    """`make(family, tokenizer="gpt-2", **config) -> LoadedModel`, float32, from a folder of its own.
+def make(tmp_path: Path, tokenizer_of: Callable[[str], PreTrainedTokenizerFast]) -> Make:
+    """`make(family, tokenizer="gpt-2", **config) -> LoadedModel`, from a folder of its own.
 
     Weights are large enough for attention to depend on positions and for logits to spread.
     """

@@ -1,0 +1,265 @@
+"""GPTQ against the plainest form of itself: float64, a new inverse for every column.
+
+The paper's claim is tested as well: less output error than rounding on the same grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantlab.calibration import ActStats
+from quantlab.errors import ConfigError, MethodError
+from quantlab.grid import find_grid, spread, to_codes
+from quantlab.methods import METHODS
+from quantlab.methods.gptq import LAZY_BLOCK, GPTQConfig, gptq, inverse_factor, shared_inputs
+from tests.methods.slow_grid import check_grid
+from tests.tiny import correlated, lone_block, random
+
+PLAIN = GPTQConfig(group_size=32, act_order=False, clip=False, damp_percent=0.01)
+VARIANTS = {
+    "plain": PLAIN,
+    "damped": replace(PLAIN, damp_percent=0.1),
+    "3 bits": replace(PLAIN, bits=3),
+    "2 bits": replace(PLAIN, bits=2),
+    "8 bits": replace(PLAIN, bits=8),
+    "one group a row": replace(PLAIN, group_size=65536),
+    "groups across lazy blocks": replace(PLAIN, group_size=48),
+    "symmetric": replace(PLAIN, symmetric=True),
+    "clip": replace(PLAIN, clip=True),
+    "act-order": replace(PLAIN, act_order=True),
+    "act-order, ragged": replace(PLAIN, act_order=True, group_size=48),
+    "act-order, symmetric, clip": replace(PLAIN, act_order=True, symmetric=True, clip=True),
+    "dynamic groups": replace(PLAIN, static_groups=False),
+    "dynamic groups across lazy blocks": replace(PLAIN, static_groups=False, group_size=48),
+    "dynamic groups, longer than a lazy block": replace(PLAIN, static_groups=False, group_size=150),
+    "dynamic groups, symmetric, clip": replace(
+        PLAIN, static_groups=False, symmetric=True, clip=True
+    ),
+    "the defaults": GPTQConfig(),
+}
+
+
+def moment_of(x: Tensor) -> Tensor:
+    return (x.double().T @ x.double() / len(x)).float()
+
+
+def reference(
+    weight: Tensor, moment: Tensor, config: GPTQConfig, codes: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[int, float]:
+    """Walk through GPTQ in float64 beside the given answer: (codes that differ, how far a differing
+    code's real value was from the nearest rounding boundary, in steps).
+
+    For the columns F not yet done, with H the damped second moment, fixing column j at its rounded
+    value is best answered by  w_F -= (w_j - q_j) / [H_F^-1]_jj * [H_F^-1]_j,F.  The inverse is
+    computed anew each time. Where the answer's code differs, the walk goes on with the answer's, so
+    that one tie does not spoil what comes after it; grids likewise.
+    """
+    hessian, work = moment.double().clone(), weight.double().clone()
+    columns = work.shape[1]
+    dead = [j for j in range(columns) if hessian[j, j] == 0]
+    alive = [j for j in range(columns) if hessian[j, j] != 0]
+    mean = sum(float(hessian[j, j]) for j in alive) / len(alive)
+    for j in dead:
+        work[:, j] = 0
+        hessian[j, j] = 1
+    for j in range(columns):
+        hessian[j, j] += config.damp_percent * mean
+    order = list(range(columns))
+    if config.act_order:
+        order.sort(key=lambda j: -float(moment[j, j]))
+    group = min(config.group_size, columns)
+    starts = range(0, columns, group)
+
+    def check(start: int) -> None:
+        part = slice(start, min(start + group, columns))
+        g = start // group
+        check_grid(
+            work[:, part], moment[part, part].double(), config.bits, scale[:, g], zero[:, g],
+            symmetric=config.symmetric, clip=config.clip,
+        )  # fmt: skip
+
+    if config.static_groups:
+        for start in starts:
+            check(start)
+    differing, furthest = 0, 0.0
+    for position, j in enumerate(order):
+        if not config.static_groups and j in starts:
+            check(j)
+        s, z = scale[:, j // group].double(), zero[:, j // group].double()
+        exact = work[:, j] / s + z
+        code = exact.round().clamp(0, 2**config.bits - 1)
+        other = code != codes[:, j]
+        if bool(other.any()):
+            differing += int(other.sum())
+            away = (exact.clamp(0, 2**config.bits - 1) - codes[:, j].double()).abs() - 0.5
+            furthest = max(furthest, float(away[other].max()))
+        rest = order[position:]
+        inverse = torch.linalg.inv(hessian[rest][:, rest])
+        error = (work[:, j] - (codes[:, j].double() - z) * s) / inverse[0, 0]
+        work[:, rest] -= error[:, None] * inverse[0]
+    return differing, furthest
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_codes_are_those_of_the_slow_reference(name: str) -> None:
+    config, rows, columns = VARIANTS[name], 6, 160
+    assert columns > LAZY_BLOCK
+    weight = random(rows, columns, seed=1)
+    x = correlated(300, columns, seed=2)
+    x[:, [3, 40, 130]] = 0  # channels that never fire
+    moment = moment_of(x)
+    codes, scale, zero = gptq(weight, moment, config)
+    assert codes.dtype == torch.uint8
+    differing, furthest = reference(weight, moment, config, codes, scale, zero)
+    # float32 keeps compensated weights to about 1e-5 of themselves; an 8-bit step is 1/255 of them.
+    assert furthest < 0.02 if config.bits == 8 else furthest < 2e-3
+    assert differing <= 0.01 * codes.numel()
+
+
+def test_the_reference_notices_a_wrong_answer() -> None:
+    """Rounding without compensation is no near-tie of GPTQ."""
+    weight, moment = random(6, 96, seed=1), moment_of(correlated(300, 96, seed=2))
+    scale, zero = find_grid(weight, 4, 32, symmetric=False, scale_dtype=torch.float16)
+    codes = to_codes(weight, spread(scale, 32, 96), spread(zero, 32, 96), 4).to(torch.uint8)
+    differing, furthest = reference(weight, moment, PLAIN, codes, scale, zero)
+    assert differing > 100
+    assert furthest > 0.3
+
+
+def output_error(weight: Tensor, quantized: Tensor, x: Tensor) -> float:
+    """Mean squared error of the outputs, relative to the outputs, with X really run through."""
+    wanted = x.double() @ weight.double().T
+    return float(((x.double() @ quantized.double().T - wanted) ** 2).mean() / (wanted**2).mean())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(PLAIN, bits=bits, act_order=act_order, symmetric=symmetric)
+        for bits in (2, 3, 4, 8)
+        for act_order in (False, True)
+        for symmetric in (False, True)
+    ],
+    ids=lambda c: f"{c.bits}-{'order' if c.act_order else 'plain'}-{'sym' if c.symmetric else 'z'}",
+)
+def test_less_output_error_than_rounding_on_the_same_grid(config: GPTQConfig, seed: int) -> None:
+    """The claim of the paper, also on inputs that calibration has not seen."""
+    weight, x = random(24, 96, seed=seed), correlated(1024, 96, seed=10 + seed)
+    seen, unseen = x[:512], x[512:]
+    codes, scale, zero = gptq(weight, moment_of(seen), config)
+    wide, offset = spread(scale, 32, 96), spread(zero, 32, 96)
+    ours = (codes - offset) * wide
+    same_scale, same_zero = find_grid(
+        weight, config.bits, 32, symmetric=config.symmetric, scale_dtype=torch.float16
+    )
+    assert torch.equal(scale, same_scale)
+    assert torch.equal(zero, same_zero)
+    nearest = (to_codes(weight, wide, offset, config.bits) - offset) * wide
+    assert output_error(weight, ours, seen) < 0.75 * output_error(weight, nearest, seen)
+    assert output_error(weight, ours, unseen) < 0.8 * output_error(weight, nearest, unseen)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_act_order_and_clipping_help_at_two_bits(seed: int) -> None:
+    """Averages over seeds would hide a variant that is wired to nothing; each seed must gain."""
+    weight, x = random(24, 96, seed=seed), correlated(512, 96, seed=20 + seed)
+
+    def error(config: GPTQConfig) -> float:
+        codes, scale, zero = gptq(weight, moment_of(x), config)
+        return output_error(weight, (codes - spread(zero, 32, 96)) * spread(scale, 32, 96), x)
+
+    plain = replace(PLAIN, bits=2)
+    assert error(replace(plain, act_order=True)) < error(plain)
+    assert error(replace(plain, clip=True)) < error(plain)
+
+
+def test_uncorrelated_inputs_leave_plain_rounding() -> None:
+    weight, sizes = random(5, 64, seed=3), torch.exp(random(64, seed=4))
+    codes, scale, zero = gptq(weight, sizes.diag(), PLAIN)
+    nearest = to_codes(weight, spread(scale, 32, 64), spread(zero, 32, 64), 4)
+    assert torch.equal(codes.float(), nearest)
+
+
+def test_channels_that_never_fire_become_zero() -> None:
+    weight, x = random(4, 64, seed=5), correlated(200, 64, seed=6)
+    x[:, :32] = 0  # a whole group, too
+    x[:, 50] = 0
+    codes, scale, zero = gptq(weight, moment_of(x), GPTQConfig(group_size=32))
+    quantized = (codes - spread(zero, 32, 64)) * spread(scale, 32, 64)
+    assert bool((quantized[:, :32] == 0).all())
+    assert bool((quantized[:, 50] == 0).all())
+    assert bool(torch.isfinite(quantized).all())
+    assert output_error(weight, quantized, x) < 0.01
+
+
+def test_no_channel_fires() -> None:
+    codes, scale, zero = gptq(random(4, 64), torch.zeros(64, 64), GPTQConfig())
+    assert bool(torch.isfinite(scale).all())
+    assert bool(((codes - spread(zero, 64, 64)) == 0).all())
+
+
+def test_rows_do_not_influence_each_other() -> None:
+    """Linears with one input are quantized as one matrix, and come back apart."""
+    weights = {name: random(rows, 64, seed=rows) for name, rows in (("q", 9), ("k", 3), ("v", 5))}
+    shared = ActStats(300, second_moment=moment_of(correlated(300, 64, seed=2)))
+    config = GPTQConfig(group_size=32)
+    together = METHODS["gptq"].quantize_block(
+        lone_block(weights), dict.fromkeys(weights, shared), config
+    )
+    apart = {name: replace(shared) for name in weights}
+    assert len(shared_inputs(apart)) == 3
+    assert shared_inputs(dict.fromkeys(weights, shared)) == [["q", "k", "v"]]
+    alone = METHODS["gptq"].quantize_block(lone_block(weights), apart, config)
+    for name, weight in weights.items():
+        assert together[name].shape == weight.shape
+        assert torch.equal(together[name].dequantize(), alone[name].dequantize())
+        codes, scale, zero = gptq(weight, shared.second_moment, config)
+        wanted = (codes - spread(zero, 32, 64)) * spread(scale, 32, 64)
+        assert torch.equal(together[name].dequantize(), wanted)
+
+
+# --- the inverse -------------------------------------------------------------------------------
+
+
+def test_the_factor_is_that_of_the_damped_inverse() -> None:
+    moment = moment_of(correlated(300, 40, seed=7)).double()
+    upper = inverse_factor(moment.float(), torch.zeros(40, dtype=torch.bool), 0.05)
+    assert torch.equal(upper, upper.triu())
+    damped = moment + 0.05 * moment.diagonal().mean() * torch.eye(40)
+    torch.testing.assert_close(
+        upper.double().T @ upper.double() @ damped, torch.eye(40).double(), rtol=0, atol=1e-4
+    )
+
+
+def test_damping_grows_until_the_inverse_exists() -> None:
+    """Smallest eigenvalue -0.5 with a mean diagonal of 1: damping of 0.01 and 0.1 do not suffice,
+    1 does."""
+    moment = torch.tensor([[1.0, 1.5], [1.5, 1.0]])
+    upper = inverse_factor(moment, torch.zeros(2, dtype=torch.bool), 0.01)
+    wanted = torch.linalg.inv(moment + torch.eye(2))
+    torch.testing.assert_close(upper.T @ upper, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hopeless_moment_is_refused() -> None:
+    moment = torch.tensor([[1.0, 1e6], [1e6, 1.0]])
+    with pytest.raises(MethodError, match="raise damp_percent or calibrate on more tokens"):
+        inverse_factor(moment, torch.zeros(2, dtype=torch.bool), 0.01)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
+    moment = torch.eye(32)
+    moment[3, 4] = bad
+    with pytest.raises(MethodError, match="not finite"):
+        gptq(random(4, 32), moment, GPTQConfig())
+
+
+def test_act_order_needs_static_groups() -> None:
+    with pytest.raises(ConfigError, match="act_order=true needs static_groups=true"):
+        GPTQConfig(static_groups=False).validate()
+    GPTQConfig(static_groups=False, act_order=False).validate()
