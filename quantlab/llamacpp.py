@@ -37,7 +37,7 @@ class LlamaCpp:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "quantlab.llamacpp_process"),
-                *(str(path), str(threads), str(context), str(int(every))),
+                *(str(path.resolve()), str(threads), str(context), str(int(every))),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
