@@ -47,12 +47,17 @@ class Answering:
         streamer, stops = TokenStreamer(self.tokenizer), end_tokens(None, self.tokenizer)
         tokens: list[int] = []
         pieces: list[str] = []
-        token = self.decoder.prefill(encode_prompt(self.tokenizer, self.prompt))
+        prompt = encode_prompt(self.tokenizer, self.prompt)
+        limit, context = self.max_new_tokens, getattr(self.decoder, "context", None)
+        if context is not None:
+            # The last token is chosen without being read.
+            limit = min(limit, context - len(prompt) + 1)
+        token = self.decoder.prefill(prompt)
         while token not in stops:
             tokens.append(token)
             pieces.append(streamer.push(token))
             self._tell(pieces[-1])
-            if len(tokens) >= self.max_new_tokens:
+            if len(tokens) >= limit:
                 break
             yield None
             token = self.decoder.step(token)

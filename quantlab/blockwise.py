@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration import ActStats, BlockRunner
+from quantlab.errors import MethodError
 from quantlab.layers import QuantLinear, replace_linear
 from quantlab.methods.base import Quantizer
 from quantlab.models import Block, LoadedModel, block_list, get_block
@@ -33,6 +34,9 @@ def quantize_blocks(
     for index in range(count):
         step(index, count)
         block = get_block(model.module, model.family, index)
+        for path, linear in block.linears.items():
+            if not bool(torch.isfinite(linear.weight).all()):
+                raise MethodError(f"block {index}: the weights of {path} are not finite")
         stats: dict[str, ActStats] = {}
         if runner is not None:
             stats = dict(runner.collect(block, method.needs))

@@ -59,15 +59,17 @@ class Session:
     def __init__(self, model: Any, choose: Choose = greedy) -> None:
         self._model, self._choose = model, choose
         self._keep = last_logits_only(model)
+        self.context = context_length(model)
         self._cache: Any = None
 
     def prefill(self, ids: Sequence[int]) -> int:
         """Start over with a prompt. Raises: ConfigError for one that is empty or too long."""
-        limit = context_length(self._model)
         if not len(ids):
             raise ConfigError("the prompt has no tokens")
-        if limit is not None and len(ids) > limit:
-            raise ConfigError(f"the prompt has {len(ids)} tokens; this model reads at most {limit}")
+        if self.context is not None and len(ids) > self.context:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens; this model reads at most {self.context}"
+            )
         from transformers import DynamicCache
 
         self._cache = DynamicCache(config=self._model.config)
@@ -206,8 +208,7 @@ class TokenStreamer:
         return self._decode(self._tokens[self._begin :])[len(known) :]
 
     def _emit(self, text: str) -> str:
-        if text:
-            self._begin, self._done = self._done, len(self._tokens)
+        self._begin, self._done = self._done, len(self._tokens)
         self._held = ""
         return text
 

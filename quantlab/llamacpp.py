@@ -32,6 +32,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, threads: int, context: int = 2048, every: bool = False) -> None:
         self.choose: Choose = greedy
+        self.context = context
         self._name = path.name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(

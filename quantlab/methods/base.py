@@ -173,9 +173,9 @@ def build_config(method: Quantizer, variant: VariantSpec, group_size: int | None
         if key not in fields or key == "bits":
             known = ", ".join(sorted(set(fields) - {"bits"})) or "none"
             raise ConfigError(f"{variant.label}: unknown option {key}; {method.name} has {known}")
-        values[key] = parse_option(fields[key], value)
-    config = method.Config(**values)
+        values[key] = value
     try:
+        config = method.Config(**{k: parse_option(fields[k], v) for k, v in values.items()})
         config.validate()
     except ConfigError as error:
         raise ConfigError(f"{variant.label}: {error}", error.hint) from None

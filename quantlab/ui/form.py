@@ -54,7 +54,13 @@ _PLACE_OF = {
     "prompts": "prompts",
     "prompt": "prompts",
     "max_new_tokens": "prompts",
-    **dict.fromkeys(set(NUMBERS) - {"max_new_tokens"}, "advanced"),
+    "calibration_tokens": "texts",
+    "calibration_length": "texts",
+    "eval_tokens": "texts",
+    "window": "texts",
+    "group_size": "advanced",
+    "threads": "advanced",
+    "seed": "advanced",
     "device": "advanced",
 }
 

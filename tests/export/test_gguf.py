@@ -1,119 +1,39 @@
-"""GGUF files against llama.cpp, which loads them: logits, tokens, bytes, and what is refused."""
+"""GGUF files against llama.cpp, which loads them: logits, bytes and metadata."""
 
 from __future__ import annotations
 
 import math
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import Tokenizer, processors
-from tokenizers.models import BPE, Unigram
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from quantlab.blockwise import quantize_blocks, quantize_outer
-from quantlab.errors import ConfigError, ModelError
-from quantlab.export import gguf, gguf_tokenizer
+from quantlab.export import gguf
 from quantlab.export.gguf_header import read_header
-from quantlab.export.gguf_tokenizer import CANDIDATES, PROBE, llama_tokens
-from quantlab.ggml import FORMATS
+from quantlab.export.gguf_tokenizer import llama_tokens
 from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.methods import METHODS
-from quantlab.models import LoadedModel, block_list, get_block, load
-from quantlab.packing import AffineWeight, GGMLWeight, PackedWeight, affine
+from quantlab.models import LoadedModel, load
+from quantlab.packing import GGMLWeight, PackedWeight
 
 from .conftest import ROWS, TEXTS, Make
-
-Packed = dict[str, PackedWeight]
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-
-
-@torch.no_grad()
-def pack(model: LoadedModel, file_type: str) -> tuple[Packed, Packed]:
-    """Quantize as the method does and put the dequantized weights into the module."""
-    method = METHODS["gguf"]
-    config = method.Config(type=file_type)
-    packed: Packed = {}
-    for index in range(len(block_list(model.module, model.family))):
-        block = get_block(model.module, model.family, index)
-        for path, weight in method.quantize_block(block, {}, config).items():
-            block.linears[path].weight.copy_(weight.dequantize())
-            packed[f"{model.family.blocks}.{index}.{path}"] = weight
-    outer = quantize_outer(model, method, config)
-    model.module.get_input_embeddings().weight.copy_(outer["token_embd"].dequantize())
-    if "output" in outer:
-        model.module.get_output_embeddings().weight.copy_(outer["output"].dequantize())
-    return packed, outer
-
-
-def torch_logits(model: LoadedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.module(ids[None]).logits[0].float()
-
-
-@contextmanager
-def opened(path: Path, context: int = 256) -> Iterator[llama_cpp.Llama]:
-    """In llama.cpp with float32 keys and values, one thread, logits of every token."""
-    llama = llama_cpp.Llama(
-        str(path),
-        n_ctx=context,
-        n_threads=1,
-        n_threads_batch=1,
-        logits_all=True,
-        type_k=FORMATS["f32"].type_id,
-        type_v=FORMATS["f32"].type_id,
-        verbose=False,
-    )
-    try:
-        yield llama
-    finally:
-        llama.close()
-
-
-def llama_logits(path: Path, ids: Tensor) -> Tensor:
-    with opened(path, len(ids)) as llama:
-        llama.eval(ids.tolist())
-        return torch.from_numpy(np.asarray(llama.scores[: len(ids)]).copy())
-
-
-def window(length: int = 160) -> Tensor:
-    return torch.randint(2, ROWS, (length,), generator=torch.Generator().manual_seed(3))
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of the logits about their mean."""
-    spread = (wanted - wanted.mean(-1, keepdim=True)).square().mean().sqrt()
-    return float((found - wanted).square().mean().sqrt() / spread)
-
-
-def field(path: Path, key: str) -> Any:
-    found = GGUFReader(str(path)).get_field(key)
-    return None if found is None else found.contents()
-
+from .oracle import (
+    LINEAR,
+    LLAMA3_ROPE,
+    YARN,
+    Packed,
+    field,
+    llama_logits,
+    opened,
+    pack,
+    relative_error,
+    rounded_inputs,
+    torch_logits,
+    window,
+)
 
 MODELS = {
     "llama": ("llama", {}),
@@ -165,12 +85,15 @@ def test_llama_cpp_computes_the_same_from_a_float_file(
 def test_llama_cpp_computes_the_same_from_quantized_blocks(
     family: str, file_type: str, make: Make, tmp_path: Path
 ) -> None:
-    """llama.cpp also rounds the inputs of every linear to 8 bits: by m / 254 at most, where m is
-    the largest of 32 or 256 inputs, some 2 to 3 times their rms: rms 0.5 to 0.7% of it. Three
-    blocks with four such roundings in a row and a head add up to 2.5% of the logits; twice that
-    covers what softmax and products amplify. A wrong row order is off by 100%."""
-    width = {"n_embd": 256} if family == "gpt2" else {"hidden_size": 256, "intermediate_size": 256}
-    model = make(family, **width)
+    """llama.cpp also rounds the inputs of every linear, to 8 bits or to half precision, which alone
+    moves these logits by 1 to 3%. With that done in torch too, sums in another order remain, and
+    the inputs that these push over to the next code. A step is about 2% of a typical input, so one
+    code in a hundred in each of five roundings makes 0.45%; GELU's table of float16 moves several
+    times as many. (One block: in deeper models such flips breed more.)"""
+    config = {"n_embd": 256, "n_layer": 1}
+    if family != "gpt2":
+        config = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    model = make(family, **config)
     scale = math.sqrt(64 / 256)  # as strong as the narrow models
     for parameter in model.module.parameters():
         if parameter.dim() > 1:
@@ -178,9 +101,11 @@ def test_llama_cpp_computes_the_same_from_quantized_blocks(
     packed, outer = pack(model, file_type)
     path = gguf.write(tmp_path / "model.gguf", model, packed, outer, file_type)
     ids = window()
-    error = relative_error(llama_logits(path, ids), torch_logits(model, ids))
-    print(family, file_type, error)
-    assert error < 0.05
+    found, plain = llama_logits(path, ids), torch_logits(model, ids)
+    with rounded_inputs(model, packed, outer):
+        rounded = torch_logits(model, ids)
+    assert relative_error(found, rounded) < (0.01 if family == "gpt2" else 0.0045)
+    assert relative_error(found, plain) < 0.05
 
 
 def test_what_is_read_is_what_was_written(make: Make, tmp_path: Path) -> None:
@@ -288,241 +213,6 @@ def test_quantized_layers_in_place_give_the_same_file(make: Make, tmp_path: Path
 
 def _written(path: Path, model: LoadedModel, packed: Packed, outer: Packed) -> bytes:
     return gguf.write(path, model, packed, outer, "q8_0").read_bytes()
-
-
-# --- tokenizers --------------------------------------------------------------------------------
-
-TRICKY = (
-    "",
-    " ",
-    "a  2   b\t\t3\n 4",
-    "I'm you'RE he'D it's 'tis o'clock 'LL",
-    "12345678901234567890 1,000,000.5 \u0663\u0664 \u00bd \u2167 x\u00b2",
-    "Zażółć gęślą jaźń — ŁÓDŹ, Größe, Ελλάδα, Привет-мир, עברית, العربية, हिन्दी, ไทย, 한국어",
-    "中文字符。全角\uff0c标点\uff01「かぎ」 東京2025年",
-    "👩‍👩‍👧 🏳️‍🌈 e\u0301 \u200b\u00a0\u3000x\u2028y \ufeff",
-    "x==y&&!z||(a<<2)>=b;//c\r\n\r\n\tif(){}\r  ",
-    "\x00\x01\x7f control",
-    "   leading, trailing   \n\n\n   \n",
-    "▁ already visible ▁▁ spaces",
-)
-KINDS = ("gpt-2", "smollm", "qwen2", "llama-bpe", "sentencepiece")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokenizers_agree(kind: str, make: Make, tmp_path: Path) -> None:
-    model = make("llama", kind)
-    path = gguf.write(tmp_path / "model.gguf", model, *pack(model, "q8_0"), "q8_0")
-    prose = TEXTS[-1].read_text(encoding="utf-8")[-20_000:]
-    texts = [*TRICKY, *PROBE, prose]
-    wanted = [model.tokenizer(text, verbose=False).input_ids for text in texts]
-    assert llama_tokens(path, texts) == wanted
-    expected = "default" if kind == "sentencepiece" else kind
-    assert field(path, "tokenizer.ggml.pre") == expected
-    # What a person calls: Llama.tokenize adds the begin token as the file says.
-    with opened(path) as llama:
-        assert llama.tokenize(prose.encode(), add_bos=True) == wanted[-1]
-        assert (llama.token_bos(), llama.token_eos()) == (
-            model.tokenizer.bos_token_id,
-            model.tokenizer.eos_token_id,
-        )
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrong"),
-    [
-        (kind, wrong)
-        for kind in KINDS[:4]
-        for wrong in CANDIDATES
-        # Without merges of digits, three at a time and one at a time are the same.
-        if wrong != kind and (kind, wrong) != ("qwen2", "llama-bpe")
-    ],
-)
-def test_wrong_rules_are_caught(
-    kind: str, wrong: str, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make("llama", kind)
-    gguf.check(model)
-    for steps in gguf_tokenizer.PRE_TOKENIZERS:
-        monkeypatch.setitem(gguf_tokenizer.PRE_TOKENIZERS, steps, wrong)
-    with pytest.raises(ModelError, match=f"with rules '{wrong}', llama.cpp reads text differently"):
-        gguf.check(model)
-
-
-def test_rules_not_in_the_table_are_found_by_trying(
-    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    model = make("llama", "smollm")
-    monkeypatch.setattr(gguf_tokenizer, "PRE_TOKENIZERS", {})
-    path = gguf.write(tmp_path / "model.gguf", model, *pack(model, "q8_0"), "q8_0")
-    assert field(path, "tokenizer.ggml.pre") == "smollm"
-
-
-def test_rules_that_llama_cpp_does_not_have_are_refused(make: Make) -> None:
-    with pytest.raises(ModelError, match=r"any of the rules gpt-2, llama-bpe, .* not") as caught:
-        gguf.check(make("llama", "unknown"))
-    assert caught.value.hint is not None
-
-
-def test_added_tokens_are_whole(make: Make, tmp_path: Path) -> None:
-    """Special ones are parsed where asked, others always; a begin and an end are put around."""
-    model = make("llama", "gpt-2")
-    model.tokenizer.add_tokens(["<tool>"])
-    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
-    begin, end = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
-    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A <|endoftext|>",
-        special_tokens=[("<|begin_of_text|>", begin), ("<|endoftext|>", end)],
-    )
-    path = gguf.write(tmp_path / "model.gguf", model, *pack(model, "q8_0"), "q8_0")
-    types = field(path, "tokenizer.ggml.token_type")
-    tool, user = model.tokenizer.convert_tokens_to_ids(["<tool>", "<|user|>"])
-    assert (types[tool], types[user]) == (4, 3)
-    assert field(path, "tokenizer.ggml.add_bos_token")
-    assert field(path, "tokenizer.ggml.add_eos_token")
-    text = "use <tool> now"
-    assert llama_tokens(path, [text]) == [model.tokenizer(text).input_ids]
-    text += "<|user|>"
-    with opened(path) as llama:
-        wanted = model.tokenizer(text, add_special_tokens=False).input_ids
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == wanted
-
-
-# --- refusals ----------------------------------------------------------------------------------
-
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no architecture": ("opt", {}, "llama.cpp has no OPT architecture"),
-    "activation": ("llama", {"hidden_act": "gelu"}, "no activation gelu, only silu"),
-    "exact gelu": ("gpt2", {"activation_function": "gelu"}, "only gelu_new"),
-    "attention by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scaled by layer"),
-    "attention unscaled": ("gpt2", {"scale_attn_weights": False}, "without scaling"),
-    "rope": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        "no dynamic rope scaling, only linear, llama3 and yarn",
-    ),
-    "llama3 rope": ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "no llama3 rope scaling"),
-    "partial rope": (
-        "llama",
-        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "no partial rope",
-    ),
-    "yarn": ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "yarn with beta_fast=16.0"),
-    "wide heads": ("qwen2", {"head_dim": 32}, "no heads of 32, only heads of 16"),
-    "rows": ("llama", {"vocab_size": 300}, "has 600 tokens, its embedding only 300 rows"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_expressed_is_refused(case: str, make: Make, tmp_path: Path) -> None:
-    family, config, message = REFUSED[case]
-    model = make(family, **config)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ModelError, match=message):
-        gguf.check(model)
-    with pytest.raises(ModelError, match=message):
-        gguf.write(tmp_path / "model.gguf", model, {}, {}, "f32")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_weight_without_a_place_is_refused(make: Make) -> None:
-    model = make("llama")
-    model.module.model.layers[1].self_attn.q_norm = torch.nn.LayerNorm(16)
-    with pytest.raises(ModelError, match=r"no place for model.layers.1.self_attn.q_norm.weight"):
-        gguf.check(model)
-
-
-def test_other_tokenizers_are_refused(make: Make) -> None:
-    model = make("llama")
-    model.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
-    )
-    with pytest.raises(ModelError, match="BPE tokenizers, not Unigram"):
-        gguf.check(model)
-    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0}, [])))
-    with pytest.raises(ModelError, match="neither on bytes nor falls back"):
-        gguf.check(model)
-    model.tokenizer = object()
-    with pytest.raises(ModelError, match=r"no tokenizer\.json form"):
-        gguf.check(model)
-
-
-def test_a_model_without_an_end_is_refused(make: Make) -> None:
-    model = make("llama")
-    model.tokenizer.eos_token = None
-    gguf.check(model)  # the configuration names it
-    model.module.config.eos_token_id = None
-    with pytest.raises(ModelError, match="names no end-of-text token"):
-        gguf.check(model)
-
-
-def test_only_ggml_blocks_go_into_a_file(make: Make, tmp_path: Path) -> None:
-    model = make("llama")
-    packed, outer = pack(model, "q8_0")
-    path = "model.layers.0.mlp.up_proj"
-    other = affine(torch.zeros(96, 64), torch.ones(96, 1), None, 4, 64)
-    assert isinstance(other, AffineWeight)
-    with pytest.raises(ConfigError, match=f"{path} is AffineWeight"):
-        gguf.write(tmp_path / "model.gguf", model, {**packed, path: other}, outer, "q8_0")
-    with pytest.raises(ConfigError, match="type: unknown 'q9'"):
-        gguf.write(tmp_path / "model.gguf", model, packed, outer, "q9")
-    assert not list(tmp_path.glob("model.gguf*"))
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-def test_a_disk_that_fills_up_leaves_what_was_there(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The operating system refuses to write beyond a size, in the tensors and in the header."""
-    model = make("llama")
-    packed, outer = pack(model, "q8_0")
-    path = gguf.write(tmp_path / "model.gguf", model, packed, outer, "q8_0")
-    before = path.read_bytes()
-    names = sorted(tmp_path.iterdir())
-    # The probe's file would meet the limit first.
-    monkeypatch.setattr(gguf_tokenizer, "_difference", lambda *_: None)
-    for limit in (len(before) - 5000, 100):
-        with largest_file(limit), pytest.raises(OSError, match="File too large"):
-            gguf.write(path, model, packed, outer, "q8_0")
-        assert path.read_bytes() == before
-        assert sorted(tmp_path.iterdir()) == names
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond `size` bytes: writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_damaged_files_are_told(make: Make, tmp_path: Path) -> None:
-    model = make("llama")
-    path = gguf.write(tmp_path / "model.gguf", model, *pack(model, "q8_0"), "q8_0")
-    data = path.read_bytes()
-    bad = tmp_path / "bad.gguf"
-    for content, message in (
-        (data[:-100], r"bad\.gguf is truncated: \d+ of \d+ bytes"),
-        (data[:1000], "corrupt or truncated"),
-        (b"GGUF", "corrupt or truncated"),
-        (data[:4] + b"\x09" + data[5:], "GGUF version 9"),
-        (b"PK\x03\x04" + data[4:], "is not a GGUF file"),
-        (b"", "is not a GGUF file"),
-    ):
-        bad.write_bytes(content)
-        for function in (gguf.read, gguf.weight_bytes):
-            with pytest.raises(ModelError, match=message):
-                function(bad)
-
-
-# --- the bundled model -------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ def _weights(kind: str) -> Tensor:
         return normal.to(torch.bfloat16).to(torch.float32)
     if kind == "heavy tails":
         return normal * other.abs() ** 4
-    if kind == "sparse":  # zero blocks, blocks of one value
+    if kind == "sparse":  # zero blocks, blocks of one value, whole rows of zeros
+        normal[:4] = 0
         return torch.where(other > 1.7, normal, 0.0)
     if kind == "outlier":  # sub-blocks whose scale rounds to zero beside the outlier's
         normal[:, 40::256] *= 3000

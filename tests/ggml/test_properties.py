@@ -57,6 +57,20 @@ def test_extreme_magnitudes_stay_finite_and_keep_their_sign(name: str, size: flo
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_too_large_values_saturate_and_leave_the_rest(name: str) -> None:
+    """Beyond the reach of the format a value becomes its largest; its neighbours stay right."""
+    codes = {"q8_0": 127, "q5_0": 16, "q5_1": 31, "q4_0": 8, "q4_1": 15, "iq4_nl": 113}
+    codes |= {"q6_k": 128 * 32, "q5_k": 63 * 31, "q4_k": 63 * 15, "q3_k": 32 * 4, "q2_k": 15 * 3}
+    reach = codes[name] * LARGEST_HALF
+    weight = torch.full((1, 256), 0.4 * reach)
+    weight[0, 5::32] = 4 * reach
+    decoded = _round_trip(weight, name)
+    others = decoded[weight < reach]
+    assert (others / (0.4 * reach) - 1).abs().max().item() < 0.3
+    assert decoded[0, 5].item() == pytest.approx(reach, rel=0.2)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
 @pytest.mark.parametrize("guided", [False, True])
 def test_zeros_are_exact(name: str, guided: bool) -> None:
     weight = torch.zeros(3, 512)
@@ -195,11 +209,16 @@ def test_the_input_is_left_alone(name: str) -> None:
 
 
 def test_threads_are_as_before() -> None:
-    threads = torch.get_num_threads()
-    quantize_rows(torch.ones(2, 32), "q4_0")
-    with pytest.raises(MethodError):
-        quantize_rows(torch.full((2, 32), torch.nan), "q4_0")
-    assert torch.get_num_threads() == threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        quantize_rows(torch.ones(2, 32), "q4_0")
+        assert torch.get_num_threads() == 3
+        with pytest.raises(MethodError):
+            quantize_rows(torch.full((2, 32), torch.nan), "q4_0")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_refusals_say_what_would_be_right() -> None:

@@ -1,0 +1,233 @@
+"""The real app as a process of its own, a real Chromium, and a model that is small but real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from tests.tiny import saved
+
+ROOT = Path(__file__).resolve().parents[2]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-first-run",
+]
+PATIENCE = 90_000
+"""Milliseconds to wait for the page: another test may hold the other core."""
+
+expect.set_options(timeout=PATIENCE)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class App:
+    """A running app: its address, its home folder, its process and what it wrote."""
+
+    url: str
+    home: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def stop(self) -> None:
+        """End it as Ctrl-C would."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def start_app(home: Path, log: Path) -> App:
+    """Start app.py on a free port and wait until it serves the page."""
+    port = free_port()
+    environment = os.environ | {
+        "QUANTLAB_HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    app = App(f"http://127.0.0.1:{port}/", home, process, log)
+    for _ in range(240):
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(app.url, timeout=2).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return app
+    app.stop()
+    raise AssertionError(f"the app did not start:\n{log.read_text(errors='replace')}")
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """One app for all browser tests of a process, with a home of its own."""
+    folder = tmp_path_factory.mktemp("app")
+    running = start_app(folder / "home", folder / "app.log")
+    yield running
+    running.stop()
+    errors = running.log.read_text(errors="replace")
+    assert "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two blocks with a real tokenizer, in a local folder."""
+    return saved(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """The system's Chromium; without one the tests fail, since nothing else looks at the page."""
+    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.fail(f"no browser: install one of {', '.join(BROWSERS)}")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A browser tab on the page, with the gestures that the tests share."""
+
+    def __init__(self, page: Page, app: App) -> None:
+        self.page = page
+        self.app = app
+        self.problems: list[str] = []
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", lambda request: self._local(request.url))
+
+    def _local(self, url: str) -> None:
+        if not url.startswith((self.app.url, "data:", "blob:")):
+            self.problems.append(f"asked for {url}")
+
+    def open(self, query: str = "") -> Tab:
+        """Load the page and wait until the server has told it what to show."""
+        self.page.goto(self.app.url + query)
+        expect(self.page.locator("#estimate .ql-estimate")).to_be_visible()
+        expect(self.page.locator("#header .ql-header")).to_be_visible()
+        return self
+
+    def find(self, selector: str) -> Locator:
+        return self.page.locator(selector)
+
+    def show(self, name: str) -> None:
+        """Choose a tab by its title."""
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def section(self, elem_id: str) -> None:
+        """Open an accordion of the form."""
+        button = self.find(f"#{elem_id} > button, #{elem_id} button.label-wrap").first
+        if "open" not in (button.get_attribute("class") or ""):
+            button.click()
+
+    def number(self, elem_id: str, value: object) -> None:
+        field = self.find(f"#{elem_id} input")
+        field.fill(str(value))
+        field.blur()
+
+    def choose_model(self, name: str | Path) -> None:
+        field = self.find("#model input")
+        field.fill(str(name))
+        field.press("Enter")
+        field.blur()
+
+    def only_variants(self, *keep: str) -> None:
+        """Remove every chip but those with these names."""
+        chips = self.find(".ql-chip")
+        expect(chips.first).to_be_visible()
+        for label in chips.locator(".ql-chip-name").all_inner_texts():
+            name = label.rstrip("*").strip()
+            if name not in keep:
+                self.page.get_by_role("button", name=f"Remove {name}", exact=True).click()
+                expect(chips.filter(has_text=name)).to_have_count(0)
+
+    def small(self, model: Path, *, tokens: int = 256, answer: int = 6, seed: int = 0) -> None:
+        """Settings of a comparison that takes seconds."""
+        self.choose_model(model)
+        self.section("texts-section")
+        for field, value in (
+            ("calibration-tokens", tokens),
+            ("calibration-length", 32),
+            ("eval-tokens", tokens),
+            ("window", 64),
+        ):
+            self.number(field, value)
+        self.section("prompts-section")
+        self.find("#prompts textarea").fill("A river is")
+        self.number("max-new-tokens", answer)
+        self.section("advanced-section")
+        self.number("group-size", 32)
+        self.number("threads", 1)
+        self.number("seed", seed)
+
+    def run(self) -> str:
+        """Start the comparison and wait until it is in view; its run id."""
+        before = self.page.url
+        self.find("#run").click()
+        self.page.wait_for_url(lambda url: url != before and "run=" in url)
+        return self.run_id()
+
+    def press_run(self) -> None:
+        """Press Run where no new run is to come into view."""
+        self.find("#run").click()
+
+    def status(self, text: str) -> None:
+        """Wait until the progress line says this."""
+        expect(self.find("#progress .ql-progress-line")).to_contain_text(text)
+
+    def run_id(self) -> str:
+        """The run in view, from the address."""
+        self.page.wait_for_url("**/?*run=*")
+        return self.page.url.split("run=")[1].split("&")[0]
+
+
+@pytest.fixture
+def tab(chromium: Browser, app: App) -> Iterator[Tab]:
+    """A fresh browser profile on the app; afterwards nothing went wrong and nothing was fetched
+    from elsewhere, and no run is left behind."""
+    context = chromium.new_context(
+        viewport={"width": 1440, "height": 1000},
+        locale="en-US",
+        reduced_motion="reduce",
+        accept_downloads=True,
+    )
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    opened = Tab(context.new_page(), app)
+    yield opened
+    problems = opened.problems
+    context.close()
+    assert problems == []
