@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantlab.errors import TextError
+from quantlab.errors import ConfigError, TextError
 from quantlab.models import LoadedModel
 from quantlab.paths import find, home
 from quantlab.types import Emit, Progress
@@ -111,7 +111,14 @@ def tokenize(tokenizer: Any, name: str, role: Role) -> TokenText:
 def calibration_ids(
     model: LoadedModel, name: str, tokens: int, length: int, seed: int, emit: Emit
 ) -> tuple[Tensor, str]:
-    """(token ids int64 [pieces, length], sha256 of the text or of the sampled ids)."""
+    """(token ids int64 [pieces, length], sha256 of the text or of the sampled ids).
+
+    Raises: TextError; ConfigError for pieces longer than the model's context."""
+    limit = getattr(model.module.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"calibration_length: {length} is more than the model's context of {limit}"
+        )
     if name == "self":
         ids = sample_from_model(model, max(tokens // length, 1), length, seed, emit)
         return ids, hashlib.sha256(ids.numpy().tobytes()).hexdigest()

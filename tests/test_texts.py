@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationMixin
 
-from quantlab.errors import TextError
+from quantlab.errors import ConfigError, TextError
 from quantlab.models import LoadedModel
 from quantlab.texts import (
     ASSETS,
@@ -189,6 +189,13 @@ def test_calibration_from_a_text(tmp_path: Path) -> None:
     whole = tokenize(model.tokenizer, "project", "calibration")
     assert torch.equal(ids, whole.spread(96, 32))
     assert sha == whole.sha256
+
+
+@pytest.mark.parametrize("name", ["project", "self"])
+def test_pieces_must_fit_into_the_context(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"calibration_length: 129 is more than .* 128"):
+        calibration_ids(tiny("gpt2"), name, 256, CONTEXT + 1, 0, ignore)
+    calibration_ids(tiny("gpt2"), name, CONTEXT, CONTEXT, 0, ignore)
 
 
 # --- sampling ----------------------------------------------------------------------------------

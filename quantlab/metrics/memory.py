@@ -19,8 +19,8 @@ def reset_peak() -> bool:
 
 
 def peak_rss_bytes(process: int | None = None) -> int:
-    """Largest resident set of this (or another) process, bytes: since the last `reset_peak`, or since
-    its start where it cannot be reset. 0 for another process that cannot be seen."""
+    """Largest resident set of this (or another) process, bytes: since the last `reset_peak`, or
+    since its start where it cannot be reset. 0 for another process that cannot be seen."""
     try:
         status = Path(f"/proc/{'self' if process is None else process}/status")
         for line in status.read_text().splitlines():

@@ -163,18 +163,13 @@ def measure_quality(
     agreed = 0
     for index, window in enumerate(windows):
         emit(Progress(label, "perplexity", index, len(windows), 0.0))
-        for start, logits in scorer.chunks(window):
-            stop = min(start + logits.shape[0], window.numel() - 1)
-            if stop <= start:
-                continue
-            logits = logits[: stop - start]
-            losses = negative_log_likelihood(logits, window[start + 1 : stop + 1])
-            nll.append(float(losses.double().mean()))
-            counts.append(stop - start)
-            if reference is not None:
-                original = reference.logits(index, start, stop)
-                kl.append(float(kl_divergence(original, logits).double().mean()))
-                agreed += int(same_top1(original, logits).sum())
+        losses, divergences, same = _window(scorer, window, index, reference)
+        # Segments are the same tokens for every variant, whatever chunks its engine works in.
+        for part in losses.split(SEGMENT_TOKENS):
+            nll.append(float(part.mean()))
+            counts.append(part.numel())
+        kl += [float(part.mean()) for part in divergences.split(SEGMENT_TOKENS) if part.numel()]
+        agreed += same
     total = sum(counts)
     mean = sum(n * c for n, c in zip(nll, counts, strict=True)) / total
     measured = perplexity(mean)
@@ -189,3 +184,26 @@ def measure_quality(
         top1_agreement=agreed / total,
         segments=segments,
     )
+
+
+def _window(
+    scorer: Scorer, window: Tensor, index: int, reference: Reference | None
+) -> tuple[Tensor, Tensor, int]:
+    """(nats lost, KL divergence) of each predicted token, float64 [window - 1] (KL empty without a
+    reference), and how often the original's first choice is the variant's too."""
+    losses: list[Tensor] = []
+    divergences: list[Tensor] = []
+    same = 0
+    for first, chunk in scorer.chunks(window):
+        for offset in range(0, chunk.shape[0], SEGMENT_TOKENS):
+            start = first + offset
+            stop = min(start + SEGMENT_TOKENS, first + chunk.shape[0], window.numel() - 1)
+            if stop <= start:
+                continue
+            logits = chunk[offset : offset + stop - start]
+            losses.append(negative_log_likelihood(logits, window[start + 1 : stop + 1]).double())
+            if reference is not None:
+                original = reference.logits(index, start, stop)
+                divergences.append(kl_divergence(original, logits).double())
+                same += int(same_top1(original, logits).sum())
+    return torch.cat(losses), torch.cat(divergences) if divergences else torch.empty(0), same
