@@ -6,6 +6,7 @@ crash of llama.cpp is an error of this variant, not of the whole run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -57,16 +58,22 @@ class LlamaCpp:
     def close(self) -> None:
         """End the process; safe to call twice."""
         if self._process.poll() is None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._hang_up()
             try:
                 self._process.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None:
-                stream.close()
+        self._hang_up()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+
+    def _hang_up(self) -> None:
+        """Close the process's input; what it will not read any more does not matter."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def peak_rss_bytes(self) -> int:
         """Largest resident memory of llama.cpp's process so far."""

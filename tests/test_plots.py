@@ -352,6 +352,14 @@ def test_table_keeps_failed_and_waiting_rows_in_place() -> None:
     assert "block 3/30" in html
 
 
+@pytest.mark.parametrize("state", ["waiting", "running", "failed", "cancelled"])
+def test_a_variant_without_a_record_has_a_row_in_every_state(state: str) -> None:
+    html = fragments.results_table([], {"gptq:4": fragments.Pending("gptq:4", state, "a note")})
+    assert f'data-state="{state}"' in html
+    block = fragments.Block("run", "Why?", 0, (fragments.Column("gptq:4", state, note="a note"),))
+    assert "a note" in fragments.answers([block])
+
+
 def test_table_shows_badges_and_marks() -> None:
     html = fragments.results_table(
         [

@@ -80,6 +80,8 @@ def _pending_row(row: Pending) -> dict[str, object]:
         "details": [],
         "note": row.note,
         "percent": row.percent,
+        "error": "",  # A run that ended before this variant's turn tells why by itself.
+        "hint": None,
     }
 
 

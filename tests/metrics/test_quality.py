@@ -68,9 +68,11 @@ def test_a_uniform_scorer_is_as_perplexed_as_its_vocabulary() -> None:
     assert found.perplexity == pytest.approx(50)
 
 
-def test_segments_are_128_predicted_tokens() -> None:
+@pytest.mark.parametrize("chunk", [128, 50, 7, 1000])
+def test_segments_are_128_predicted_tokens(chunk: int) -> None:
+    """Of the same tokens in whatever chunks an engine works, so that rows can be paired."""
     table, windows = random(20, 20), [torch.arange(300) % 20, torch.arange(300) * 7 % 20]
-    found = measure_quality(Table(table, SEGMENT_TOKENS), windows, None, "", ignore)
+    found = measure_quality(Table(table, chunk), windows, None, "", ignore)
     log_p = table.log_softmax(-1)
     wanted = []
     for window in windows:
