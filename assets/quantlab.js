@@ -191,10 +191,12 @@
     });
   }
 
-  // On a narrow page the results lie below the form: show them when a run has been started.
+  // After Run: what is wrong comes into view, wherever it stands; on a narrow page, where the
+  // results lie below the form, else they do.
   function reveal(id) {
-    if (innerWidth <= 980 && !document.querySelector("#form [role=alert]"))
-      document.getElementById(id)?.scrollIntoView({ block: "start" });
+    const alert = document.querySelector("#form [role=alert]");
+    const target = alert ?? (innerWidth <= 980 ? document.getElementById(id) : null);
+    target?.scrollIntoView({ block: alert ? "nearest" : "start" });
   }
 
   // One tooltip for the page, on hover and on keyboard focus, never cut off by a scrolling box.

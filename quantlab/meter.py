@@ -25,10 +25,12 @@ class Meter:
     def __init__(self, emit: Emit, count: int) -> None:
         self._emit, self._count = emit, max(count, 1)
         self.index = 0
+        self._highest = 0.0
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
-            event = dataclasses.replace(event, fraction=self._fraction(event))
+            self._highest = max(self._highest, self._fraction(event))
+            event = dataclasses.replace(event, fraction=self._highest)
         self._emit(event)
 
     def _fraction(self, event: Progress) -> float:

@@ -375,6 +375,9 @@ def test_options_of_a_variant_reach_its_run(tab: Tab, app: App, model: Path) -> 
 
 
 def test_a_run_is_opened_and_deleted_from_the_history(tab: Tab, app: App, finished: str) -> None:
+    store = Store(app.home)
+    victim = store.create_run(store.run(finished).spec)
+    store.update_run(victim, status="cancelled")
     tab.open()
     tab.show("Runs")
     row = tab.find(f'[data-run-row="{finished}"]')
@@ -382,7 +385,6 @@ def test_a_run_is_opened_and_deleted_from_the_history(tab: Tab, app: App, finish
     expect(row.get_by_role("button")).to_have_attribute("aria-current", "true")
     assert tab.run_id() == finished
     expect(tab.find("#detail")).to_contain_text(finished)
-    victim = next(r.id for r in Store(app.home).runs(100) if r.status == "cancelled")
     tab.find(f'[data-open="{victim}"]').click()
     expect(tab.find("#detail")).to_contain_text(victim)
     tab.find("#delete").click()

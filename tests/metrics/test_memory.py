@@ -43,7 +43,11 @@ print(peak_rss_bytes())
 @linux
 def test_other_processes_can_be_asked_for() -> None:
     assert peak_rss_bytes(os.getpid()) == pytest.approx(peak_rss_bytes(), rel=0.05)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    command = [sys.executable, "-c", "print('ready', flush=True); input()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
         assert 2**18 < peak_rss_bytes(child.pid) < peak_rss_bytes()
         child.communicate(b"end\n")
     assert peak_rss_bytes(2**22 + 1) == 0, "no such process"
