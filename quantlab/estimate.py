@@ -16,13 +16,13 @@ from quantlab.types import Estimate, RunSpec
 
 EFFICIENCY = 0.35
 """Share of a bare matrix product's speed that a whole forward pass reaches (attention, norms,
-conversions and memory take the rest); measured on the bundled model."""
+conversions and memory take the rest). An assumption, not yet fitted to measured runs."""
 SECOND_MOMENT_COST = 1.5
 """GPTQ and AWQ need, beside the passes, sums of x x^T in float32 and their search; in forward
-passes at float32 speed, measured on the bundled model."""
+passes at float32 speed. An assumption, not yet fitted to measured runs."""
 DECODE_BYTES_PER_SECOND = 4e9
 FIXED_SECONDS = 8.0
-"""Loading, packing, saving and opening a variant of the bundled model."""
+"""Loading, packing, saving and opening a variant of the bundled model. Assumed."""
 
 
 @functools.cache
