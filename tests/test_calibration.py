@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from quantlab.calibration import SAMPLE_ROWS, ActStats, BlockRunner, StatKind
 from quantlab.errors import ModelError
 from quantlab.models import LoadedModel, block_list
-from tests.tiny import FAMILIES, block_of, recorded_inputs, tiny, token_ids
+from quantlab.models.loading import prepare_module
+from tests.tiny import (
+    CONTEXT,
+    FAMILIES,
+    VOCABULARY,
+    block_of,
+    randomize,
+    recorded_inputs,
+    tiny,
+    token_ids,
+)
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -67,6 +80,35 @@ def test_statistics_are_those_of_the_whole_data(name: str, pieces: int, per_batc
             near(stat.mean_abs, x.abs().mean(0), size)
             near(stat.sample, x, size)  # fewer than 256 tokens: all of them
         runner.advance(block)
+        near(torch.cat(runner.hidden), outputs[index], float(outputs[index].abs().max()))
+
+
+def alternating() -> LoadedModel:
+    """A Qwen2 whose second block sees 8 tokens back and whose first sees all."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+        use_sliding_window=True, sliding_window=8, max_window_layers=1,
+    )  # fmt: skip
+    module = prepare_module(Qwen2ForCausalLM(config))
+    randomize(module, 3)
+    return dataclasses.replace(tiny("qwen2"), module=module)
+
+
+def eager() -> LoadedModel:
+    """A GPT-2 that reads its mask, which it passes to its blocks without a name."""
+    model = tiny("gpt2", seed=3)
+    model.module.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("make", [alternating, eager])
+def test_every_block_gets_the_mask_the_model_gives_it(make: Callable[[], LoadedModel]) -> None:
+    model, ids = make(), token_ids(5, LENGTH)
+    _, outputs = naive(model, ids)
+    runner = BlockRunner(model, ids, batch_tokens=2 * LENGTH)
+    for index in range(2):
+        runner.advance(block_of(model, index))
         near(torch.cat(runner.hidden), outputs[index], float(outputs[index].abs().max()))
 
 

@@ -178,6 +178,14 @@ def test_a_pickle_beside_safetensors_is_never_read(folder: Path, tmp_path: Path)
     assert not marker.exists()
 
 
+def test_other_safetensors_do_not_let_a_pickle_in(folder: Path, tmp_path: Path) -> None:
+    """An adapter beside a pickle looks like safe weights; transformers would take the pickle."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    assert "safetensors" in refusal(folder)
+
+
 def test_pickles_load_when_allowed(folder: Path) -> None:
     wanted, ids = load(str(folder)), token_ids(1, 16)
     state = load_file(folder / "model.safetensors")

@@ -73,16 +73,15 @@ def test_descent_only_improves(seed: int) -> None:
     assert codes.max() <= 3
 
 
-def test_positive_search_is_near_the_best_scale_of_all() -> None:
+def test_positive_search_is_no_worse_than_the_largest() -> None:
     x, weights = _columns(6, size=8)
     x = x.abs() + 0.1
     scale, codes = positive_search(x, weights, 63)
-    found = _error(x, scale * codes, weights)
-    best = torch.full_like(found, torch.inf)
-    for top in torch.linspace(55, 63.5, 400):
-        trial = x.amax(0) / top
-        best = best.minimum(_error(x, trial * (x / trial).round().clamp(0, 63), weights))
-    assert found.sum() < 2 * best.sum()
+    searched = _error(x, scale * codes, weights)
+    plain_scale = x.amax(0) / 63
+    plain = _error(x, plain_scale * (x / plain_scale).round(), weights)
+    assert bool((searched <= plain * (1 + 1e-6)).all())
+    assert searched.sum() < 0.81 * plain.sum()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-20])
