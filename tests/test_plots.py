@@ -390,7 +390,7 @@ def test_answers_ring_the_first_other_token_and_tint_the_rest() -> None:
     html = fragments.answers([columns(other, original)])
     assert html.index('data-variant="bf16"') < html.index('data-variant="gptq:4"')
     assert len(re.findall(r"<mark", html)) == 1
-    assert re.search(r"the sea<mark class=\"ql-first\"[^>]*> was</mark>", html)
+    assert re.search(r"the sea <mark class=\"ql-first\"[^>]*>was</mark>", html)
     assert '<span class="ql-after"> red</span>' in html
     assert "Token 3: the first that differs. The original has “␣is” here." in html
     assert "2 of 4 tokens shared" in html

@@ -91,13 +91,14 @@ def speed(
             rows=1,
             cols=2,
             shared_yaxes=True,
-            horizontal_spacing=0.06,
+            horizontal_spacing=0.08,
         ),
     )
     names = [palette.short(r) for r in shown]
     for column, field in ((1, "decode_tokens_per_second"), (2, "prefill_tokens_per_second")):
         values = [getattr(r, field) for r in shown]
         bars(figure, shown, names, values, [numbers.speed(v) for v in values], say, dark, column)
+    figure.update_xaxes(nticks=4, tickangle=0)
     figure.update_xaxes(title_text=say("axis_decode"), col=1)
     figure.update_xaxes(title_text=say("axis_prefill"), col=2)
     figure.update_layout(height=bar_height(len(finished(records))))

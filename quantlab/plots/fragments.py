@@ -226,16 +226,19 @@ def pieces(output: Generation, reference: Sequence[str], say: Words) -> list[dic
         if first < len(reference)
         else say("answer_first_end", token=first + 1)
     )
-    cut = [{"kind": "shared", "text": "".join(output.pieces[:first]).lstrip(" "), "tip": ""}]
+    cut = [{"kind": "shared", "text": "".join(output.pieces[:first]), "tip": ""}]
     if first < len(output.pieces):
         after = first + 1
         while after < len(output.pieces) and not "".join(output.pieces[first:after]):
             after += 1  # A letter of several tokens shows with its last one.
         ringed = _visible_break("".join(output.pieces[first:after]))
-        cut.append({"kind": "first", "text": ringed, "tip": tip})
+        word = ringed.lstrip(" ")
+        cut[0]["text"] += ringed[: len(ringed) - len(word)]  # The ring is around the word alone.
+        cut.append({"kind": "first", "text": word, "tip": tip})
         cut.append({"kind": "after", "text": "".join(output.pieces[after:]), "tip": ""})
     else:  # It stopped where the original went on.
         cut.append({"kind": "first", "text": "∎", "tip": tip})
+    cut[0]["text"] = cut[0]["text"].lstrip(" ")
     return cut
 
 

@@ -175,8 +175,10 @@ class Tab:
                 self.page.get_by_role("button", name=f"Remove {name}", exact=True).click()
                 expect(chips.filter(has_text=name)).to_have_count(0)
 
-    def small(self, model: Path, *, tokens: int = 256, answer: int = 6, seed: int = 0) -> None:
-        """Settings of a comparison that takes seconds."""
+    def small(self, model: Path, *, prompts: int = 1, seed: int = 0) -> None:
+        """Settings of a comparison that takes seconds; with many prompts, one that lasts long
+        enough to be interrupted."""
+        tokens = 256
         self.choose_model(model)
         self.section("texts-section")
         for field, value in (
@@ -187,8 +189,10 @@ class Tab:
         ):
             self.number(field, value)
         self.section("prompts-section")
-        self.find("#prompts textarea").fill("A river is")
-        self.number("max-new-tokens", answer)
+        self.find("#prompts textarea").fill(
+            "\n".join(f"River {index} is" for index in range(prompts))
+        )
+        self.number("max-new-tokens", 6 if prompts == 1 else 60)
         self.section("advanced-section")
         self.number("group-size", 32)
         self.number("threads", 1)
@@ -204,6 +208,23 @@ class Tab:
     def press_run(self) -> None:
         """Press Run where no new run is to come into view."""
         self.find("#run").click()
+
+    def remember_progress(self) -> None:
+        """Keep every progress line that appears from now on, however briefly."""
+        self.page.evaluate(
+            """() => {
+                window.seen = new Set();
+                new MutationObserver(() => {
+                    const line = document.querySelector("#progress .ql-progress-line");
+                    if (line) window.seen.add(line.textContent.trim());
+                }).observe(document.getElementById("progress"),
+                    { childList: true, characterData: true, subtree: true });
+            }"""
+        )
+
+    def remembered_progress(self) -> list[str]:
+        seen: list[str] = self.page.evaluate("[...window.seen]")
+        return seen
 
     def status(self, text: str) -> None:
         """Wait until the progress line says this."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from playwright.sync_api import Browser, expect
 from quantlab.store import Store
 from tests.browser.conftest import App, Tab
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 
 FIGURES = ("perplexity-size", "kl-bits", "speed", "size")
 
@@ -49,13 +50,12 @@ def test_a_comparison_runs_with_progress_to_results(tab: Tab, model: Path) -> No
     tab.open()
     tab.small(model, seed=11)
     tab.only_variants("BF16", "RTN 4-bit")
+    tab.remember_progress()
     tab.run()
     expect(tab.find("#message-run")).to_contain_text("Started")
-    expect(tab.find("#cancel")).to_be_visible()
-    expect(tab.find("#progress [role=progressbar]")).to_be_visible()
-    tab.status("BF16 · ")
-    expect(tab.find('tbody[data-variant="rtn:4"] .ql-pending')).to_have_text("waiting")
     tab.status("Finished")
+    lines = tab.remembered_progress()
+    assert any(re.fullmatch(r"(BF16|RTN 4-bit) · .*", line) for line in lines), lines
     expect(tab.find("#progress")).to_contain_text("2 of 2 variants measured")
     expect(tab.find("#cancel")).to_be_hidden()
     for variant in ("bf16", "rtn:4"):
@@ -148,14 +148,23 @@ def test_a_run_can_be_asked_more_and_streams(tab: Tab, app: App, finished: str) 
     tab.find("#ask-button").click()
     expect(tab.find("#ask-message")).to_contain_text("Type a prompt first")
     hostile = "<img src=x onerror=\"document.title='gone'\"><script>document.title='gone'</script>"
-    tab.find("#ask-prompt textarea").fill(hostile)
-    tab.number("ask-tokens", 40)
+    tab.find("#ask-prompt textarea").fill(f"{hostile}\nA lake is\nA sea is\nA pond is")
+    tab.number("ask-tokens", 60)
+    tab.page.evaluate(
+        """() => {
+            window.streamed = new Set();
+            new MutationObserver(() => {
+                const answer = document.querySelector(".ql-column-running .ql-answer");
+                if (answer && answer.textContent.trim()) window.streamed.add(answer.textContent);
+            }).observe(document.getElementById("answers"), { childList: true, subtree: true });
+        }"""
+    )
     tab.find("#ask-button").click()
     asked = tab.find(".ql-answers").filter(has_text="Asked later").first
     expect(asked.locator(".ql-prompt")).to_have_text(hostile)
     expect(asked.locator(".ql-column")).to_have_count(3)
-    expect(asked.locator(".ql-column-running .ql-answer").first).not_to_be_empty()
-    expect(tab.find("#ask-progress")).to_be_hidden()
+    expect(tab.find("#ask-progress .ql-progress-line")).to_have_count(0)
+    assert tab.page.evaluate("window.streamed.size") > 0
     expect(asked.locator(".ql-column-facts").first).to_contain_text("tokens")
     assert tab.page.title() == "QuantLab"
     assert tab.find(".ql-answers img").count() == 0
@@ -204,10 +213,12 @@ def test_settings_of_a_run_come_back(tab: Tab, finished: str) -> None:
 
 def test_cancel_takes_effect_within_two_seconds(tab: Tab, app: App, model: Path) -> None:
     tab.open()
-    tab.small(model, answer=60, seed=12)
+    tab.small(model, prompts=40, seed=12)
     tab.only_variants("BF16", "RTN 4-bit")
     run_id = tab.run()
-    tab.status("BF16 · ")
+    expect(tab.find('tbody[data-variant="bf16"] .ql-pending')).to_contain_text("answering")
+    expect(tab.find("#progress [role=progressbar]")).to_be_visible()
+    expect(tab.find('tbody[data-variant="rtn:4"] .ql-pending')).to_have_text("waiting")
     store = Store(app.home)
     tab.find("#cancel").click()
     clicked = time.monotonic()
@@ -223,10 +234,9 @@ def test_cancel_takes_effect_within_two_seconds(tab: Tab, app: App, model: Path)
 
 def test_a_reload_finds_the_running_job_and_the_form_again(tab: Tab, model: Path) -> None:
     tab.open()
-    tab.small(model, answer=40, seed=13)
+    tab.small(model, prompts=40, seed=13)
     tab.only_variants("BF16", "RTN 4-bit")
     run_id = tab.run()
-    tab.status("BF16 · ")
     tab.page.reload()
     expect(tab.find("#cancel")).to_be_visible()
     assert tab.run_id() == run_id
@@ -236,17 +246,17 @@ def test_a_reload_finds_the_running_job_and_the_form_again(tab: Tab, model: Path
     other = tab.page.context.new_page()
     second = Tab(other, tab.app).open()  # Without an address, what runs comes into view.
     assert second.run_id() == run_id
-    second.status("Finished")
-    tab.status("Finished")
+    second.find("#cancel").click()
+    second.status("Cancelled")
+    tab.status("Cancelled")
     assert second.problems == []
 
 
 def test_a_second_run_waits_and_says_so(tab: Tab, app: App, model: Path) -> None:
     tab.open()
-    tab.small(model, answer=60, seed=14)
+    tab.small(model, prompts=40, seed=14)
     tab.only_variants("BF16", "RTN 4-bit")
     first = tab.run()
-    tab.status("BF16 · ")
     tab.press_run()
     expect(tab.find("#message-run")).to_contain_text("already running")
     tab.number("seed", 15)
@@ -262,38 +272,37 @@ def test_a_second_run_waits_and_says_so(tab: Tab, app: App, model: Path) -> None
     tab.status("Cancelled")
     tab.find("#queue").get_by_role("button", name="Show").click()
     tab.page.wait_for_url(f"**/?*run={first}*")
-    tab.status("Finished")
     assert Store(app.home).run_head(second).status == "cancelled"
+    assert Store(app.home).run_head(first).status == "running"
+    tab.find("#cancel").click()
+    tab.status("Cancelled")
 
 
 def test_a_failing_method_is_a_row_and_the_others_finish(
     tab: Tab, app: App, model: Path, tmp_path: Path
 ) -> None:
-    """A calibration text that has enough bytes but too few tokens stops GPTQ, and only GPTQ."""
-    short = tmp_path / "short.txt"
-    short.write_text("the river and the sea and the river", encoding="utf-8")
+    """llama.cpp's Llama has no GELU, so a Llama with one stops GGUF, and only GGUF."""
+    odd = shutil.copytree(model, tmp_path / "odd-llama")
+    config = json.loads((odd / "config.json").read_text(encoding="utf-8"))
+    (odd / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}), encoding="utf-8")
     tab.open()
-    tab.small(model, seed=16)
-    tab.only_variants("RTN 4-bit", "GPTQ 4-bit", "BF16")
-    with tab.page.expect_file_chooser() as chooser:
-        tab.find("#upload-calibration").click()
-    chooser.value.set_files(short)
-    expect(tab.find("#calibration input")).to_have_value(re.compile("short.txt"))
-    tab.run()
+    tab.small(odd, seed=16)
+    tab.only_variants("BF16", "RTN 4-bit", "GGUF Q4_K_M")
+    run_id = tab.run()
     tab.status("Finished")
     expect(tab.find("#progress")).to_contain_text("2 of 3 variants measured")
     order = [row.get_attribute("data-variant") for row in tab.find("#results-table tbody").all()]
-    assert order == ["bf16", "rtn:4", "gptq:4"]
-    row = tab.find('tbody[data-variant="gptq:4"]')
+    assert order == ["bf16", "rtn:4", "gguf:q4_k_m"]
+    row = tab.find('tbody[data-variant="gguf:q4_k_m"]')
     expect(row).to_have_attribute("data-state", "failed")
     expect(row.locator(".ql-badge-failed")).to_be_visible()
-    expect(row).to_contain_text("calibration text")
+    expect(row).to_contain_text("activation gelu")
     expect(tab.find("#figure-size .js-plotly-plot")).to_be_visible()
     tab.show("Outputs")
-    expect(tab.find('.ql-column[data-variant="gptq:4"]')).to_contain_text("calibration text")
-    failed = Store(app.home).run(tab.run_id()).records[2]
-    assert failed.error
-    assert failed.perplexity is None
+    expect(tab.find('.ql-column[data-variant="gguf:q4_k_m"]')).to_contain_text("activation gelu")
+    record = Store(app.home).run(run_id).records[2]
+    assert record.status == "failed"
+    assert record.perplexity is None
 
 
 @pytest.mark.parametrize(

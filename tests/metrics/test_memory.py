@@ -14,8 +14,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 SIZE = 192 * 2**20
 
 
-def test_the_peak_is_that_of_a_process_with_torch() -> None:
-    assert 2**26 < peak_rss_bytes() < 2**40
+def test_the_peak_is_in_bytes() -> None:
+    """No Python that runs pytest fits into 16 MB; a count of kilobytes or pages would say so."""
+    assert 2**24 < peak_rss_bytes() < 2**40
 
 
 @linux
@@ -36,7 +37,7 @@ print(peak_rss_bytes())
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     before, touched, remembered, forgotten = map(int, found.stdout.split())
     assert touched > before + 0.9 * SIZE
-    assert remembered >= touched
+    assert remembered > before + 0.9 * SIZE  # the system counts in batches of pages
     assert forgotten < before + 0.5 * SIZE
 
 
