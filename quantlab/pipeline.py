@@ -192,8 +192,11 @@ def _prepare(spec: RunSpec, store: Store, emit: Emit) -> _Setting:
     text = tokenize(model.tokenizer, spec.text, "evaluation")
     windows = text.windows(spec.eval_tokens, spec.window)
     limit = getattr(model.module.config, "max_position_embeddings", None)
-    if limit is not None and spec.window > limit:
-        raise ConfigError(f"window: {spec.window} is more than the model's context of {limit}")
+    if limit is not None and spec.window + (text.bos is not None) > limit:
+        begin = " with its begin token" if text.bos is not None else ""
+        raise ConfigError(
+            f"window: {spec.window}{begin} is more than the model's context of {limit}"
+        )
     reference = reference_states(model, windows, text.bos, emit)
     needed = any(METHODS[variant.method].needs for variant in spec.variants)
     # Only the head of the original stays in memory from here on.

@@ -36,7 +36,7 @@ print(peak_rss_bytes())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     before, touched, remembered, forgotten = map(int, found.stdout.split())
-    assert touched > before + 0.9 * SIZE
+    assert before + 0.9 * SIZE < touched < before + 1.5 * SIZE
     assert remembered > before + 0.9 * SIZE  # the system counts in batches of pages
     assert forgotten < before + 0.5 * SIZE
 
