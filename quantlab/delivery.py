@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from quantlab.errors import ConfigError, ModelError
 from quantlab.export import quantlab_format
 from quantlab.methods import METHODS, configure
 from quantlab.models import ARTIFACT_FILE, ModelSource, locate
+from quantlab.models.gguf_header import read_header
 from quantlab.models.loading import load_tokenizer_of
 from quantlab.models.source import read_json
 from quantlab.results import ResultRecord
@@ -82,17 +84,15 @@ def open_as_is(spec: RunSpec) -> tuple[VariantSpec, Prepared, ModelSource, Any]:
 
 
 def _gguf_file(path: Path) -> tuple[VariantSpec, Prepared]:
-    from gguf import GGUFReader
-
     from quantlab.ggml.mixes import FILE_TYPES
 
-    reader = GGUFReader(str(path))
-    field = reader.get_field("general.file_type")
-    number = None if field is None else int(field.contents())
+    header = read_header(path)
+    field = header.fields.get("general.file_type")
+    number = None if field is None else int(field.values[0])
     names = [name for name, entry in FILE_TYPES.items() if entry.ftype == number]
-    tensors = reader.tensors
-    size = sum(int(tensor.n_bytes) for tensor in tensors)
-    parameters = sum(int(tensor.n_elements) for tensor in tensors)
+    tensors = header.tensors.values()
+    size = sum(tensor.size for tensor in tensors)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     options = (("type", names[0]),) if names else ()
     return VariantSpec("gguf", None, options), Prepared("gguf", path, size, parameters)
 

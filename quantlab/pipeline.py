@@ -27,7 +27,7 @@ from quantlab.measure import measure
 from quantlab.meter import Meter
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.quality import Reference, reference_states
-from quantlab.models import LoadedModel, ModelSource, load, locate
+from quantlab.models import LoadedModel, ModelSource, context_of, load, locate
 from quantlab.results import ResultRecord
 from quantlab.store import Store, storage_errors
 from quantlab.texts import TokenText, calibration_ids, check_text, tokenize
@@ -192,11 +192,7 @@ def _prepare(spec: RunSpec, store: Store, emit: Emit) -> _Setting:
     text = tokenize(model.tokenizer, spec.text, "evaluation")
     windows = text.windows(spec.eval_tokens, spec.window)
     limit = getattr(model.module.config, "max_position_embeddings", None)
-    if limit is not None and spec.window + (text.bos is not None) > limit:
-        begin = " with its begin token" if text.bos is not None else ""
-        raise ConfigError(
-            f"window: {spec.window}{begin} is more than the model's context of {limit}"
-        )
+    _check_window(spec.window, text.bos, limit)
     reference = reference_states(model, windows, text.bos, emit)
     needed = any(METHODS[variant.method].needs for variant in spec.variants)
     # Only the head of the original stays in memory from here on.
@@ -357,6 +353,13 @@ def quantize(
         return deliver(prepared, out)
 
 
+def _check_window(window: int, bos: int | None, limit: int | None) -> None:
+    """Raise ConfigError for a window (and its begin token) longer than the model's context."""
+    if limit is not None and window + (bos is not None) > limit:
+        begin = " with its begin token" if bos is not None else ""
+        raise ConfigError(f"window: {window}{begin} is more than the model's context of {limit}")
+
+
 def evaluate(spec: RunSpec, emit: Emit = ignore) -> tuple[dict[str, Any], ResultRecord]:
     """Measure one model as it is: unquantized (bfloat16), a quantlab folder or a .gguf file.
 
@@ -368,6 +371,7 @@ def evaluate(spec: RunSpec, emit: Emit = ignore) -> tuple[dict[str, Any], Result
     torch.set_num_threads(spec.threads or default_threads())
     text = tokenize(tokenizer, spec.text, "evaluation")
     windows = text.windows(spec.eval_tokens, spec.window)
+    _check_window(spec.window, text.bos, context_of(source))
     described = _described(spec, source, text, len(windows))
     blank = blank_record(variant, prepared, described)
     record = measure(

@@ -54,6 +54,8 @@ from tests.tiny import (
     tokenizer,
 )
 
+FOLDER = f"bundled-{bundled.SEED}-{bundled.REVISION}"
+
 # --- the table ---------------------------------------------------------------------------------
 
 
@@ -365,7 +367,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[str]:
 
 
 def test_the_bundled_model_is_rebuilt_once(pretended: list[str], home: Path) -> None:
-    left_over = home / "models" / f"bundled-{bundled.SEED}.partial"
+    left_over = home / "models" / f"{FOLDER}.partial"
     left_over.mkdir(parents=True)
     (left_over / "model.safetensors").write_bytes(b"half")
     model = load("bundled")
@@ -399,7 +401,7 @@ def test_an_interrupted_rebuild_is_not_taken_for_the_model(
         patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             prepare_bundled()
-    assert not (home / "models" / f"bundled-{bundled.SEED}").exists()
+    assert not (home / "models" / FOLDER).exists()
     assert (prepare_bundled() / "model.safetensors").is_file()
 
 

@@ -235,6 +235,15 @@ def test_wrong_input_is_refused_before_any_variant(
     assert not [event for event in events if not isinstance(event, Progress | Notice)]
 
 
+def test_evaluate_refuses_a_window_longer_than_the_context(home: Path, folder: Path) -> None:
+    spec = spec_for(folder, "gguf:q8_0")
+    written = pipeline.quantize(spec, spec.variants[0], folder.parent / "long.gguf", "gguf")
+    for model in (folder, written):
+        long = dataclasses.replace(spec, model=str(model), window=256, eval_tokens=256)
+        with pytest.raises(ConfigError, match=r"window: 256.* context of 128"):
+            pipeline.evaluate(long)
+
+
 def test_a_text_shorter_than_one_window_is_refused(
     home: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.export.gguf_header import read_header
 from quantlab.export.gguf_model import (
     ARCHITECTURES,
     add_metadata,
@@ -36,6 +35,7 @@ from quantlab.ggml import FORMATS
 from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.layers import QuantLinear
 from quantlab.models import LoadedModel
+from quantlab.models.gguf_header import read_header
 from quantlab.packing import GGMLWeight, PackedWeight
 
 

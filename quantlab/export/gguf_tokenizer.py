@@ -18,29 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ModelError
-from quantlab.export.gguf_header import ARRAY, read_header
 from quantlab.models import LoadedModel
+from quantlab.models.gguf_header import ARRAY, read_header
+from quantlab.models.pre_tokenizers import PRE_TOKENIZERS, pre_steps
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's types of tokens."""
 
 SPACE = "\u2581"
 """SentencePiece's visible space."""
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
-
-Step = tuple[object, ...]
-PRE_TOKENIZERS: dict[tuple[Step, ...], str] = {
-    (("ByteLevel", True),): "gpt-2",
-    (("Digits", True), ("ByteLevel", True)): "smollm",
-    (("Split", _QWEN2, "Isolated", False), ("ByteLevel", False)): "qwen2",
-    (("Split", _LLAMA3, "Isolated", False), ("ByteLevel", False)): "llama-bpe",
-}
-"""Steps of a pre-tokenizer, as `pre_steps` gives them -> llama.cpp's name of the rules."""
 
 CANDIDATES = ("gpt-2", "llama-bpe", "qwen2", "smollm", "default")
 """Tried in turn, by the probe, for a pre-tokenizer that is not in the table."""
@@ -146,25 +132,6 @@ def read_vocabulary(tokenizer: Any, rows: int) -> tuple[Vocabulary, Sequence[str
         ranks.setdefault(left + right, len(ranks))
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
     return Vocabulary("llama", tokens, types, [], scores), ("default",)
-
-
-def pre_steps(pre_tokenizer: dict[str, Any] | None) -> tuple[Step, ...]:
-    """A pre-tokenizer of a tokenizer.json as a flat tuple of steps, each its type and what matters
-    of its options."""
-    if pre_tokenizer is None:
-        return ()
-    kind = pre_tokenizer["type"]
-    if kind == "Sequence":
-        inside = [pre_steps(step) for step in pre_tokenizer["pretokenizers"]]
-        return tuple(step for steps in inside for step in steps)
-    if kind == "ByteLevel":
-        return ((kind, bool(pre_tokenizer.get("use_regex", True))),)
-    if kind == "Digits":
-        return ((kind, bool(pre_tokenizer["individual_digits"])),)
-    if kind == "Split":
-        pattern = "".join(pre_tokenizer["pattern"].values())
-        return ((kind, pattern, pre_tokenizer["behavior"], bool(pre_tokenizer["invert"])),)
-    return ((kind,),)
 
 
 def _tokens(document: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:

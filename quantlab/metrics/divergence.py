@@ -14,7 +14,9 @@ from torch.nn import functional as F
 def kl_divergence(original: Tensor, variant: Tensor) -> Tensor:
     """float32 [n] from two logits float32 [n, vocabulary]; never below zero."""
     log_p, log_q = F.log_softmax(original, -1), F.log_softmax(variant, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+    # A token that the original rules out adds nothing, also where the variant rules it out too.
+    terms = torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(-1).clamp_min(0)
 
 
 def same_top1(original: Tensor, variant: Tensor) -> Tensor:

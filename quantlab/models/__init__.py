@@ -6,7 +6,7 @@ The only room (besides tests) that knows transformers' model classes.
 from quantlab.models.blocks import Block, apply_fold, block_list, fold_scale, get_block
 from quantlab.models.catalogue import CATALOGUE, CatalogueEntry
 from quantlab.models.families import FAMILIES, Family, Fold
-from quantlab.models.loading import LoadedModel, load, skeleton
+from quantlab.models.loading import LoadedModel, context_of, load, skeleton
 from quantlab.models.source import ARTIFACT_FILE, ModelSource, locate
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ModelSource",
     "apply_fold",
     "block_list",
+    "context_of",
     "fold_scale",
     "get_block",
     "load",

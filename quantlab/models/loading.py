@@ -18,6 +18,8 @@ from quantlab.errors import ModelError
 from quantlab.models import bundled
 from quantlab.models.blocks import longest_module_list
 from quantlab.models.families import FAMILIES, Family, generic_family
+from quantlab.models.gguf_header import read_header
+from quantlab.models.pre_tokenizers import restore_rules
 from quantlab.models.source import ModelSource, locate
 from quantlab.paths import home
 
@@ -118,7 +120,10 @@ def load_tokenizer(where: str, file: str | None = None, trust_remote_code: bool 
     from transformers import AutoTokenizer
 
     extra = {} if file is None else {"gguf_file": file}
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    if file is not None:
+        restore_rules(tokenizer, Path(where) / file)
+    return tokenizer
 
 
 def load_tokenizer_of(source: ModelSource) -> Any:
@@ -132,12 +137,31 @@ def load_tokenizer_of(source: ModelSource) -> Any:
         return load_tokenizer(source.name if source.path is None else str(source.path))
 
 
+def context_of(source: ModelSource) -> int | None:
+    """Most tokens the model reads at once, None where its files do not say; weights stay unread.
+
+    Raises: ModelError.
+    """
+    if source.kind == "gguf":
+        assert source.path is not None
+        fields = read_header(source.path).fields
+        architecture = bytes(fields["general.architecture"].values[0]).decode()
+        field = fields.get(f"{architecture}.context_length")
+        return None if field is None else int(field.values[0])
+    from transformers import AutoConfig
+
+    where = str(prepare_bundled() if source.kind == "bundled" else source.path or source.name)
+    with _quiet_transformers(), _one_message(source.name):
+        limit = getattr(AutoConfig.from_pretrained(where), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def prepare_bundled() -> Path:
     """The folder of the rebuilt and permuted bundled model, made the first time.
 
     Raises: ModelError when the package is missing; OSError when the disk is full.
     """
-    folder = home() / "models" / f"bundled-{bundled.SEED}"
+    folder = home() / "models" / f"bundled-{bundled.SEED}-{bundled.REVISION}"
     if (folder / "model.safetensors").is_file():
         return folder
     from safetensors.torch import save_file

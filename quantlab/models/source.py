@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from quantlab.errors import ModelError
 from quantlab.models import bundled
+from quantlab.models.gguf_header import read_header
 from quantlab.paths import find
 
 ARTIFACT_FILE = "quantlab.json"
@@ -45,7 +46,8 @@ def locate(
         raise ModelError("model: empty; use bundled, a Hub id, a folder or a .gguf file")
     if name == "bundled":
         gguf = bundled.find_gguf()
-        fingerprint = f"bundled:{gguf.name}:{gguf.stat().st_size}:{bundled.SEED}"
+        made = f"{bundled.SEED}:{bundled.REVISION}"
+        fingerprint = f"bundled:{gguf.name}:{gguf.stat().st_size}:{made}"
         return ModelSource(name, "bundled", gguf, fingerprint)
     path = find(name)
     if path is not None and path.is_file():
@@ -106,20 +108,8 @@ def check_safetensors(path: Path) -> None:
 
 def check_gguf(path: Path) -> None:
     """Raise ModelError unless the GGUF header can be read and all tensor bytes are there."""
-    from gguf import GGUFReader
-
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"model: {path.name} is not a GGUF file, whatever its name says")
-    try:
-        reader = GGUFReader(str(path))
-        architecture = reader.get_field("general.architecture")
-    except Exception as error:  # the reader raises numpy and struct errors of every kind
-        reason = str(error) or type(error).__name__
-        raise ModelError(
-            f"model: {path.name} is a corrupt or truncated GGUF file ({reason}); fetch it again"
-        ) from None
-    if architecture is None or not reader.tensors:
+    header = read_header(path)
+    if "general.architecture" not in header.fields or not header.tensors:
         raise ModelError(f"model: {path.name} is a GGUF file without a language model")
 
 

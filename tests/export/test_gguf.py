@@ -12,11 +12,11 @@ from gguf import GGUFReader
 
 from quantlab.blockwise import quantize_blocks, quantize_outer
 from quantlab.export import gguf
-from quantlab.export.gguf_header import read_header
 from quantlab.export.gguf_tokenizer import llama_tokens
 from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.methods import METHODS
 from quantlab.models import LoadedModel, load
+from quantlab.models.gguf_header import read_header
 from quantlab.packing import GGMLWeight, PackedWeight
 
 from .conftest import ROWS, TEXTS, Make

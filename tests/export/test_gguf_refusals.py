@@ -138,7 +138,7 @@ def test_damaged_files_are_told(make: Make, tmp_path: Path) -> None:
     data = path.read_bytes()
     bad = tmp_path / "bad.gguf"
     for content, message in (
-        (data[:-100], r"bad\.gguf is truncated: \d+ of \d+ bytes"),
+        (data[:-100], r"bad\.gguf is a corrupt or truncated GGUF file \(\d+ of \d+ bytes\)"),
         (data[:1000], "corrupt or truncated"),
         (b"GGUF", "corrupt or truncated"),
         (data[:4] + b"\x09" + data[5:], "GGUF version 9"),

@@ -10,6 +10,8 @@ from tokenizers import processors
 from quantlab.errors import ModelError
 from quantlab.export import gguf, gguf_tokenizer
 from quantlab.export.gguf_tokenizer import CANDIDATES, PROBE, llama_tokens
+from quantlab.models import bundled, load, locate
+from quantlab.models.loading import load_tokenizer_of
 
 from .conftest import TEXTS, Make
 from .oracle import field, opened, pack
@@ -50,6 +52,26 @@ def test_tokenizers_agree(kind: str, make: Make, tmp_path: Path) -> None:
             model.tokenizer.bos_token_id,
             model.tokenizer.eos_token_id,
         )
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_a_file_read_back_splits_as_it_says(kind: str, make: Make, tmp_path: Path) -> None:
+    """transformers reads the vocabulary of a GGUF file and not the rules it names."""
+    model = make("llama", kind)
+    path = gguf.write(tmp_path / "model.gguf", model, *pack(model, "q8_0"), "q8_0")
+    again = load(str(path)).tokenizer
+    texts = [*TRICKY, *PROBE]
+    plain = [again(text, add_special_tokens=False).input_ids for text in texts]
+    assert plain == [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("bundled")
+def test_the_bundled_tokenizer_reads_as_llama_cpp_does() -> None:
+    tokenizer = load_tokenizer_of(locate("bundled"))
+    texts = [*TRICKY, *PROBE]
+    wanted = llama_tokens(bundled.find_gguf(), texts)
+    assert [tokenizer(text, verbose=False).input_ids for text in texts] == wanted
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,14 @@ def test_confident_distributions_stay_finite() -> None:
     assert float(kl_divergence(original, variant)) == pytest.approx(200.0, rel=1e-4)
 
 
+def test_tokens_ruled_out_by_both_add_nothing() -> None:
+    """Models mask unused rows of their vocabulary with minus infinity."""
+    original = torch.tensor([[0.5, 0.5, 0.0], [0.75, 0.0, 0.25]]).log()
+    variant = torch.tensor([[0.75, 0.25, 0.0], [0.5, 0.25, 0.25]]).log()
+    found = kl_divergence(original, variant).tolist()
+    assert found == pytest.approx([0.5 * math.log(4 / 3), 0.75 * math.log(1.5)], abs=1e-6)
+
+
 def test_agreement_by_hand() -> None:
     original = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [0.0, 5.0, 4.9]])
     variant = torch.tensor([[0.0, 0.1, 0.2], [2.0, 2.1, 0.0], [9.0, 9.5, 0.0]])

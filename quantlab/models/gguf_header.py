@@ -20,6 +20,9 @@ STRING, ARRAY = 8, 9
 _FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """Type of a metadata value -> struct format."""
 
+_UNREADABLE = (struct.error, ValueError, LookupError, ArithmeticError, MemoryError)
+"""What reading numbers from the wrong place ends in."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -51,19 +54,18 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Raises: ModelError for a file that is not GGUF, or corrupt, or shorter than its tensors."""
+    damaged = f"model: {path.name} is a corrupt or truncated GGUF file"
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ModelError(f"model: {path.name} is not a GGUF file")
+            raise ModelError(f"model: {path.name} is not a GGUF file, whatever its name says")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _Cursor(data).header()
-            except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
-                raise ModelError(
-                    f"model: {path.name} is a corrupt or truncated GGUF file ({error})"
-                ) from None
+            except _UNREADABLE as error:
+                raise ModelError(f"{damaged} ({error}); fetch it again") from None
             last = max((info.start + info.size for info in header.tensors.values()), default=0)
             if last > len(data):
-                raise ModelError(f"model: {path.name} is truncated: {len(data)} of {last} bytes")
+                raise ModelError(f"{damaged} ({len(data)} of {last} bytes); fetch it again")
             return header
 
 
