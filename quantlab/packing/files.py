@@ -9,11 +9,17 @@ from torch import Tensor
 from quantlab.errors import ConfigError
 from quantlab.packing.affine import Activation, AffineWeight
 from quantlab.packing.base import PackedWeight
+from quantlab.packing.codebook import CodebookWeight
 from quantlab.packing.ggml import GGMLWeight
+from quantlab.packing.outlier import OutlierWeight
 
-REPRESENTATIONS: dict[str, type[AffineWeight] | type[GGMLWeight]] = {
+REPRESENTATIONS: dict[
+    str, type[AffineWeight] | type[CodebookWeight] | type[GGMLWeight] | type[OutlierWeight]
+] = {
     "affine": AffineWeight,
+    "codebook": CodebookWeight,
     "ggml": GGMLWeight,
+    "outlier": OutlierWeight,
 }
 
 
