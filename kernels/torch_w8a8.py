@@ -71,15 +71,14 @@ class Int8Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if not self.per_token:
             codes = quantize_tensor(x, self.input_scale, self.input_zero)
-            return self.product(codes, self.input_scale, self.input_zero, self.bias, self.dtype)
+            return self._product(codes, self.input_scale, self.input_zero, self.bias, self.dtype)
         codes, steps = quantize_rows(x)
-        y = self.product(codes, 1.0, 128, None, torch.float32).mul_(steps)
+        y = self._product(codes, 1.0, 128, None, torch.float32).mul_(steps)
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 
-    def product(
+    def _product(
         self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """(codes - zero) @ w.T * scale + bias in `dtype`; uint8 codes [m, columns]."""
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes,
             scale,
