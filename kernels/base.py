@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Execution = Literal["packed", "simulated"]
-ActivationKind = Literal["token", "tensor"]
+ActivationKind = Literal["token", "tensor", "outlier"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Problem:
 
     `bits` is None for a weight that is not on uniform grids (ggml blocks, codebooks). `group_size`
     is the number of columns that share a grid, at most `columns`. `activation` says how the input
-    is quantized to 8 bits, None for not at all. `dtype` is what the activations are computed in.
+    is quantized to 8 bits, None for not at all; 'outlier' is 'token' for all but the columns with
+    large values. `dtype` is what the activations are computed in.
     """
 
     rows: int
@@ -41,7 +42,7 @@ class Operands:
 
     codes: uint8 [rows, columns]; scales, zeros: float32 [rows or 1, groups]. The step and
     zero-point of the input (x ~ (code - zero) * step, codes 0 to 255) matter for
-    `activation='tensor'` only.
+    `activation='tensor'` only, `threshold` (the least outlier) for `activation='outlier'` only.
     """
 
     codes: Tensor
@@ -50,6 +51,7 @@ class Operands:
     bias: Tensor | None = None
     input_scale: float = 1.0
     input_zero: int = 0
+    threshold: float = float("inf")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from kernels import torch_int4, torch_w8a8
+from kernels import torch_int4, torch_outlier, torch_w8a8
 from kernels.base import Choice, Kernel, Operands, Prepared, Problem
 
-KERNELS: tuple[Kernel, ...] = (torch_int4.KERNEL, torch_w8a8.KERNEL)
+KERNELS: tuple[Kernel, ...] = (torch_int4.KERNEL, torch_w8a8.KERNEL, torch_outlier.KERNEL)
 REFERENCE = "reference"
 
 
@@ -59,5 +59,10 @@ def fallback(why: str) -> Choice:
 def _covers(problem: Problem) -> str:
     p = problem
     grid = "a grid a row" if p.group_size >= p.columns else f"groups of {p.group_size}"
-    inputs = {None: "", "token": ", inputs 8 bits per token", "tensor": ", inputs 8 bits static"}
+    inputs = {
+        None: "",
+        "token": ", inputs 8 bits per token",
+        "tensor": ", inputs 8 bits static",
+        "outlier": ", inputs 8 bits per token but for outlier columns",
+    }
     return f"{p.bits} bits, {grid}{inputs[p.activation]}, {p.device}"

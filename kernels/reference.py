@@ -53,6 +53,33 @@ def quantize_input(
     return quantize_tensor(x, input_scale, input_zero).sub_(input_zero), input_scale
 
 
+def split_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, steps [m, 1], outlier columns int64 [n]) of x [m, columns]; codes as `quantize_rows`.
+
+    A column with any |x| >= threshold is an outlier: its codes are 0. The steps of the rows follow
+    from every value below the threshold, also those that stand in outlier columns.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    large = x.abs() >= threshold
+    columns = large.any(0).nonzero().flatten()
+    codes, steps = quantize_rows(x.masked_fill(large, 0))
+    return codes.index_fill_(1, columns, 0), steps, columns
+
+
+def outlier_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """LLM.int8(): outlier columns of x meet the dequantized weights, the rest are integer products.
+
+    codes: int8 [rows, columns]; scales: [rows]. Everything in float64 [m, rows]: exact sums.
+    """
+    inner, steps, columns = split_outliers(x, threshold)
+    total = (inner.double() @ codes.double().T) * steps.double()
+    total += x[:, columns].double() @ codes[:, columns].double().T
+    total = total * scales.double()
+    return total if bias is None else total + bias.double()
+
+
 def w8a8_linear(
     x: Tensor,
     codes: Tensor,

@@ -14,7 +14,9 @@ from kernels import dispatch, reference
 from kernels.base import Choice, Operands, Prepared, Problem
 from quantlab.packing import (
     AffineWeight,
+    CodebookWeight,
     GGMLWeight,
+    OutlierWeight,
     PackedWeight,
     describe,
     pack_bits,
@@ -63,8 +65,10 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def _prepare(self, weight: PackedWeight, bias: Tensor | None) -> tuple[Choice, Prepared | None]:
+        if isinstance(weight, OutlierWeight):
+            return self._prepare_outlier(weight, bias)
         if not isinstance(weight, AffineWeight):
-            kind = weight.type if isinstance(weight, GGMLWeight) else type(weight).__name__
+            kind = getattr(weight, "type", getattr(weight, "codebook", type(weight).__name__))
             return dispatch.fallback(f"no kernel for {kind} weights"), None
         activation = weight.activation
         problem = Problem(
@@ -86,6 +90,27 @@ class QuantLinear(nn.Module):
 
         return dispatch.prepare(problem, operands)
 
+    def _prepare_outlier(
+        self, weight: OutlierWeight, bias: Tensor | None
+    ) -> tuple[Choice, Prepared | None]:
+        problem = Problem(
+            rows=self.out_features,
+            columns=self.in_features,
+            bits=8,
+            group_size=self.in_features,
+            symmetric=True,
+            activation="outlier" if weight.threshold else "token",
+            device=self.device.type,
+            dtype=self.dtype,
+        )
+
+        def operands() -> Operands:
+            codes, scales = weight.codes.view(torch.uint8) ^ 128, weight.scales[:, None]
+            zeros = torch.full_like(scales, 128.0)
+            return Operands(codes, scales, zeros, bias, threshold=weight.threshold)
+
+        return dispatch.prepare(problem, operands)
+
     @property
     def weight_packed(self) -> PackedWeight:
         """The plain packed weight, bit for bit the one the layer was made from."""
@@ -97,9 +122,11 @@ class QuantLinear(nn.Module):
             for name, tensor in self._buffers.items()
             if tensor is not None and name in ("scales", "zeros")
         }
-        bits = self._description["bits"]
-        assert isinstance(bits, int)
-        tensors["codes"] = pack_bits(self._prepared.codes(), bits)
+        codes, bits = self._prepared.codes(), self._description.get("bits")
+        if isinstance(bits, int):
+            tensors["codes"] = pack_bits(codes, bits)
+        else:
+            tensors["codes"] = (codes ^ 128).view(torch.int8)
         return restore(self._description, tensors)
 
     @property
@@ -124,6 +151,8 @@ class QuantLinear(nn.Module):
         def tile(first: int, last: int) -> Tensor:
             return dequantize_rows(weight, first, last)
 
+        if isinstance(weight, OutlierWeight):
+            return self._simulate_outliers(x, tile, weight.threshold or float("inf"))
         activation = weight.activation if isinstance(weight, AffineWeight) else None
         if activation is None:
             return reference.tiled_linear(x, tile, self.out_features, self.bias)
@@ -132,6 +161,16 @@ class QuantLinear(nn.Module):
         centred, step = reference.quantize_input(x, scale, activation.zero)
         y = reference.tiled_linear(centred.to(x.dtype), tile, self.out_features, None).float()
         y = y * step
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+    def _simulate_outliers(
+        self, x: Tensor, tile: Callable[[int, int], Tensor], threshold: float
+    ) -> Tensor:
+        codes, step, columns = reference.split_outliers(x, threshold)
+        y = reference.tiled_linear(codes.to(x.dtype), tile, self.out_features, None).float() * step
+        if columns.numel():
+            large = torch.zeros_like(x).index_copy_(1, columns, x[:, columns])
+            y += reference.tiled_linear(large, tile, self.out_features, None).float()
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -159,6 +198,11 @@ def dequantize_rows(weight: PackedWeight, first: int, last: int) -> Tensor:
     """Rows first to last - 1 of the weight, float32."""
     if isinstance(weight, GGMLWeight):
         return dataclasses.replace(weight, data=weight.data[first:last]).dequantize()
+    if isinstance(weight, CodebookWeight):
+        return weight.dequantize_rows(first, last)
+    if isinstance(weight, OutlierWeight):
+        codes, scales = weight.codes[first:last], weight.scales[first:last]
+        return dataclasses.replace(weight, codes=codes, scales=scales).dequantize()
     if not isinstance(weight, AffineWeight):
         return weight.dequantize()[first:last]
     shared = weight.scales.shape[0] == 1

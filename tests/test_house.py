@@ -30,6 +30,7 @@ errors < paths < store
 paths < texts < calibration
 models < texts
 errors < ggml < packing
+codebook < packing
 errors < environment < keys < pipeline
 methods < estimate < pipeline
 types < meter < pipeline

@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kernels import reference, torch_int4, torch_w8a8
+from kernels import dispatch, reference, torch_int4, torch_outlier, torch_w8a8
 from quantlab.ggml import quantize_rows
 from quantlab.grid import find_grid, spread, to_codes
 from quantlab.layers import QuantLinear, dequantize_rows, kernel_report, replace_linear
+from quantlab.methods.llm_int8 import round_rows
 from quantlab.packing import (
     Activation,
     AffineWeight,
     GGMLWeight,
+    OutlierWeight,
     PackedWeight,
     affine,
+    codebook_weight,
     describe,
 )
 
@@ -71,6 +74,11 @@ WEIGHTS: dict[str, Callable[[], PackedWeight]] = {
     "w4a8 static": lambda: quantized(
         random(48, 96), 4, 32, activation=Activation("tensor", 0.04, 117)
     ),
+    "nf4": lambda: codebook_weight(random(48, 96), "nf4", 64, double_quant=True),
+    "fp4": lambda: codebook_weight(random(48, 96), "fp4", 32, double_quant=False),
+    # Of 96 normal numbers in a row, one in twenty reaches 2.
+    "llm_int8": lambda: round_rows(random(48, 96), 2.0),
+    "llm_int8 without": lambda: round_rows(random(48, 96), 0.0),
     "q8_0": lambda: GGMLWeight(quantize_rows(random(48, 96), "q8_0"), "q8_0", 96),
     "q4_0": lambda: GGMLWeight(quantize_rows(random(48, 96), "q4_0"), "q4_0", 96),
 }
@@ -80,6 +88,8 @@ KERNELS = {
     "int4 symmetric": torch_int4.NAME,
     "w8a8 dynamic": torch_w8a8.NAME,
     "w8a8 static": torch_w8a8.NAME,
+    "llm_int8": torch_outlier.NAME,
+    "llm_int8 without": torch_w8a8.NAME,
 }
 by_weight = pytest.mark.parametrize("name", WEIGHTS)
 
@@ -87,6 +97,9 @@ by_weight = pytest.mark.parametrize("name", WEIGHTS)
 def meaning(weight: PackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     """What the layer stands for, in float64: dequantize() times the (quantized) input."""
     x = x.double()
+    if isinstance(weight, OutlierWeight):
+        threshold = weight.threshold or float("inf")
+        return reference.outlier_linear(x, weight.codes, weight.scales, bias, threshold)
     activation = weight.activation if isinstance(weight, AffineWeight) else None
     if activation is not None:
         scale = activation.scale if activation.kind == "tensor" else None
@@ -316,6 +329,21 @@ def test_simulated_tiles_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 2.0, 50.0])
+def test_outlier_columns_without_a_kernel(
+    threshold: float, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "KERNELS", ())
+    weight, bias = round_rows(random(48, 96), threshold), random(1, 48, 3)[0] if with_bias else None
+    layer = QuantLinear(weight, bias)
+    assert layer.choice.execution == "simulated"
+    x = random(9, 96, 4).to(torch.bfloat16)
+    size = x.double().abs() @ weight.dequantize().double().abs().T
+    size = size + (0 if bias is None else bias.double().abs())
+    assert close(layer(x), meaning(weight, x, bias), size)
+
+
 # --- inside a model ----------------------------------------------------------------------------
 
 
@@ -354,8 +382,9 @@ def quantize_model(
         lambda w: quantized(w, 3, 64),
         lambda w: quantized(w, 8, w.shape[1], symmetric=True),
         lambda w: GGMLWeight(quantize_rows(w, "q8_0"), "q8_0", w.shape[1]),
+        lambda w: codebook_weight(w, "nf4", 64, double_quant=True),
     ],
-    ids=["int4", "int3", "int8", "q8_0"],
+    ids=["int4", "int3", "int8", "q8_0", "nf4"],
 )
 @pytest.mark.parametrize("length", [1, 70])
 def test_logits_of_a_model(pack: Callable[[Tensor], PackedWeight], length: int) -> None:

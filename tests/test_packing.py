@@ -17,8 +17,10 @@ from quantlab.packing import (
     Activation,
     AffineWeight,
     GGMLWeight,
+    OutlierWeight,
     PackedWeight,
     affine,
+    codebook_weight,
     describe,
     pack_bits,
     packed_width,
@@ -220,6 +222,11 @@ WEIGHTS = {
         3, 40, 8, 40, symmetric=True, activation=Activation("tensor", 0.125, 130)
     )[0],
     "dynamic w8a8": random_affine(3, 40, 8, 40, symmetric=True, activation=Activation("token"))[0],
+    "nf4": codebook_weight(torch.linspace(-1, 2, 120).view(3, 40), "nf4", 64, double_quant=False),
+    "nested fp4": codebook_weight(
+        torch.linspace(-1, 2, 999).view(27, 37), "fp4", 32, double_quant=True
+    ),
+    "outlier": OutlierWeight(torch.arange(-6, 6, dtype=torch.int8).view(3, 4), torch.rand(3), 4.5),
     "ggml": GGMLWeight(torch.arange(34, dtype=torch.uint8).reshape(1, 34), "q8_0", 32),
 }
 
@@ -235,6 +242,33 @@ def test_description_survives_json(weight: PackedWeight) -> None:
         assert torch.equal(again.tensors()[name], tensor)
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert getattr(again, "activation", None) == getattr(weight, "activation", None)
+
+
+def test_outlier_weights_by_hand() -> None:
+    codes = torch.tensor([[-127, 0, 5], [1, 2, 127]], dtype=torch.int8)
+    weight = OutlierWeight(codes, torch.tensor([0.5, 2.0]))
+    assert weight.dequantize().tolist() == [[-63.5, 0, 2.5], [2, 4, 254]]
+    assert weight.shape == (2, 3)
+    assert weight.nbytes == 6 + 8
+    assert weight.bits_per_weight == pytest.approx(8 * 14 / 6)
+    assert isinstance(weight, PackedWeight)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"codes": torch.zeros(3, 4, dtype=torch.uint8)},
+        {"codes": torch.zeros(12, dtype=torch.int8)},
+        {"codes": torch.zeros(4, 4, dtype=torch.int8)},
+        {"scales": torch.ones(3, 1)},
+        {"scales": torch.ones(3).half()},
+        {"threshold": -1.0},
+        {"threshold": float("inf")},
+    ],
+)
+def test_outlier_parts_that_do_not_fit_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        dataclasses.replace(WEIGHTS["outlier"], **changes)
 
 
 @pytest.mark.parametrize("lost", ["codes", "scales", "bits", "group_size", "columns"])

@@ -65,6 +65,38 @@ def test_w8a8_linear_is_integer_arithmetic(input_scale: float | None, group_size
             assert float(y[m, n]) == pytest.approx(want, rel=1e-6)
 
 
+def test_outliers_are_split_by_hand() -> None:
+    """Column 1 holds a 6: it has no codes, but its 2 still counts for the step of its own row."""
+    x = torch.tensor([[1.0, -6.0, 0.25], [0.5, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    codes, steps, columns = reference.split_outliers(x, 6.0)
+    assert columns.tolist() == [1]
+    assert steps.squeeze(1).tolist() == pytest.approx([1 / 127, 2 / 127, 0])
+    assert codes.tolist() == [[127, 0, 32], [32, 0, 0], [0, 0, 0]]
+    assert reference.split_outliers(x, 6.1)[2].tolist() == []
+    assert reference.split_outliers(x, 0.3)[2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("threshold", [0.7, 1.4, 100.0])
+def test_outlier_linear_is_two_sums(threshold: float) -> None:
+    """Against python's own numbers: whole ones for the codes, real ones for the outliers."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 9, generator=generator)
+    codes = torch.randint(-127, 128, (3, 9), generator=generator, dtype=torch.int8)
+    scales, bias = torch.rand(3, generator=generator), torch.randn(3, generator=generator)
+    y = reference.outlier_linear(x, codes, scales, bias, threshold)
+    outliers = [k for k in range(9) if any(abs(float(x[m, k])) >= threshold for m in range(4))]
+    assert len(outliers) == {0.7: 8, 2.0: 2, 100.0: 0}[threshold]
+    for m in range(4):
+        step = max(abs(v) for v in x[m].tolist() if abs(v) < threshold) / 127
+        for n in range(3):
+            ints = (
+                round(float(x[m, k]) / step) * int(codes[n, k]) for k in set(range(9)) - {*outliers}
+            )
+            real = sum(float(x[m, k]) * int(codes[n, k]) for k in outliers)
+            want = float(scales[n]) * (step * sum(ints) + real) + float(bias[n])
+            assert float(y[m, n]) == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize("tile", [1, 20, 10_000])
 def test_tiled_linear_is_the_linear(tile: int) -> None:
     generator = torch.Generator().manual_seed(2)

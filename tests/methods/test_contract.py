@@ -18,7 +18,13 @@ from quantlab.layers import QuantLinear
 from quantlab.methods import METHODS, configure, parse_variant, parse_variants
 from quantlab.methods.base import Config, Quantizer, build_config, option, parse_option
 from quantlab.models import Block, LoadedModel
-from quantlab.packing import AffineWeight, GGMLWeight, PackedWeight
+from quantlab.packing import (
+    AffineWeight,
+    CodebookWeight,
+    GGMLWeight,
+    OutlierWeight,
+    PackedWeight,
+)
 from quantlab.types import VariantSpec
 from tests.tiny import FAMILIES, block_of, logits, recorded_inputs, tiny, token_ids
 
@@ -38,6 +44,7 @@ SPECS = [
         "gptq:4:clip=false:act_order=false", "awq:4:symmetric=true", "awq:4:clip=false",
         "smoothquant:8:activations=dynamic", "smoothquant:8:search=false:fold_linears=false",
         "smoothquant:8:search=false:alpha=-1", "gguf:q8_0", "gguf:q4_0", "gguf:q6_k",
+        "nf4:4:block_size=32:double_quant=false", "fp4:4:block_size=4096", "llm_int8:8:threshold=0",
     )
 ]  # fmt: skip
 GROUP = 32
@@ -65,8 +72,14 @@ def expected_bits(weight: PackedWeight, spec: VariantSpec) -> float:
         blocks = {"f16": (1, 2), "q8_0": (32, 34), "q5_0": (32, 22), "q4_0": (32, 18)}
         size, block_bytes = blocks[weight.type]
         return 8 * block_bytes / size
-    assert isinstance(weight, AffineWeight)
+    if isinstance(weight, OutlierWeight):
+        return 8 + 32 / columns
     config = config_of(spec)
+    if isinstance(weight, CodebookWeight):
+        blocks = -(-rows * columns // config.block_size)
+        scales = blocks * 8 + -(-blocks // 256) * 32 + 32 if config.double_quant else blocks * 32
+        return 4 + scales / (rows * columns)
+    assert isinstance(weight, AffineWeight)
     group = columns if spec.method == "smoothquant" else min(config.group_size, columns)
     granularity = getattr(config, "granularity", "group")
     group = group if granularity == "group" else columns
@@ -367,7 +380,8 @@ def test_a_method_describes_itself(name: str) -> None:
     assert config.to_json().keys() == {field.name for field in dataclasses.fields(config)}
     for bits in method.bits:
         assert method.weight_bits(configure(VariantSpec(name, bits))) == bits
-    assert method.activation_bits(config) == (8 if name == "smoothquant" else config_bits(name))
+    eight = name in ("smoothquant", "llm_int8")
+    assert method.activation_bits(config) == (8 if eight else config_bits(name))
 
 
 def config_bits(name: str) -> int:

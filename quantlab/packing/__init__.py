@@ -1,0 +1,31 @@
+"""Packed weights: bit packing, and the frozen representations that methods return.
+
+`dequantize()` is the meaning of a packed weight; kernels and file formats must agree with it.
+"""
+
+from __future__ import annotations
+
+from quantlab.packing.affine import Activation, AffineWeight, affine
+from quantlab.packing.base import PackedWeight
+from quantlab.packing.bits import pack_bits, packed_width, unpack_bits
+from quantlab.packing.codebook import CodebookWeight, codebook_weight
+from quantlab.packing.files import REPRESENTATIONS, describe, restore
+from quantlab.packing.ggml import GGMLWeight
+from quantlab.packing.outlier import OutlierWeight
+
+__all__ = [
+    "REPRESENTATIONS",
+    "Activation",
+    "AffineWeight",
+    "CodebookWeight",
+    "GGMLWeight",
+    "OutlierWeight",
+    "PackedWeight",
+    "affine",
+    "codebook_weight",
+    "describe",
+    "pack_bits",
+    "packed_width",
+    "restore",
+    "unpack_bits",
+]
