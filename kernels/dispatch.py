@@ -59,5 +59,11 @@ def fallback(why: str) -> Choice:
 def _covers(problem: Problem) -> str:
     p = problem
     grid = "a grid a row" if p.group_size >= p.columns else f"groups of {p.group_size}"
-    inputs = {None: "", "token": ", inputs 8 bits per token", "tensor": ", inputs 8 bits static"}
+    inputs = {
+        None: "",
+        "token": ", inputs 8 bits per token",
+        "tensor": ", inputs 8 bits static",
+        "dynamic_tensor": ", inputs 8 bits dynamic",
+        "dynamic_token": ", inputs 8 bits dynamic per token",
+    }
     return f"{p.bits} bits, {grid}{inputs[p.activation]}, {p.device}"

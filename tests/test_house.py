@@ -28,6 +28,7 @@ errors < results
 results < store < pipeline
 errors < paths < store
 paths < texts < calibration
+grid < observers < calibration
 models < texts
 errors < ggml < packing
 errors < environment < keys < pipeline
