@@ -52,6 +52,8 @@ def dynamic_grid(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
 
     ONNX's DynamicQuantizeLinear (opset 11), which rounds ties to even as torch does. An input of
     zeros gets a tiny step."""
+    if not x.numel():
+        return x.new_ones(1, 1), x.new_zeros(1, 1)
     low, high = (x.amin(-1, True), x.amax(-1, True)) if per_row else (x.amin(), x.amax())
     low, high = low.clamp_max(0).reshape(-1, 1), high.clamp_min(0).reshape(-1, 1)
     step = ((high - low) / 255).clamp_min(1e-12)

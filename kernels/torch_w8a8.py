@@ -54,11 +54,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dynamic_range(x: Tensor) -> tuple[float, int]:
     """(step, zero) of one grid for all of x, at run time."""
-    low, high = (float(value) for value in torch.aminmax(x))
-    return grid_of(min(low, 0.0), max(high, 0.0))
-
-
-def grid_of(low: float, high: float) -> tuple[float, int]:
+    if not x.numel():
+        return 1.0, 0
+    smallest, largest = torch.aminmax(x)
+    low, high = min(float(smallest), 0.0), max(float(largest), 0.0)
     step = max((high - low) / 255, 1e-12)
     return step, min(round(-low / step), 255)
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantlab.grid import find_grid, range_to_grid, spread, to_codes
+from quantlab.grid import TINY, find_grid, range_to_grid, to_codes
 from quantlab.packing import Activation, AffineWeight, affine
 
 
 def pack_int8(
-    weight: Tensor, activation: Activation, *, per_channel: bool = True, bits: int = 8
+    weight: Tensor, activation: Activation, *, per_channel: bool = True, largest: int = 127
 ) -> AffineWeight:
     """Weights on an absmax grid a row, or one for the whole matrix, with the input's scheme.
 
-    weight: float [rows, columns] -> codes 1 to 255 around 128, float32 scales [rows or 1, 1].
-    `bits` 7 keeps the codes within 64 to 192 of the same 8 (ONNX Runtime's reduce_range).
+    weight: float [rows, columns] -> codes 128 - `largest` to 128 + `largest`, float32 scales
+    [rows or 1, 1], max|w| / `largest`.
     """
     weight = weight.float()
     columns = weight.shape[1]
     grouped = weight if per_channel else weight.reshape(1, -1)
-    step, zero = find_grid(grouped, bits, grouped.shape[1], symmetric=True)
-    codes = to_codes(weight, spread(step, columns, columns), spread(zero, columns, columns), bits)
-    codes = codes.add_(128 - 2 ** (bits - 1))
+    step, zero = find_grid(grouped, 8, grouped.shape[1], symmetric=True)
+    if largest != 127:
+        step = grouped.abs().amax(1, keepdim=True).div_(largest).clamp_min_(TINY)
+    codes = to_codes(weight, step, zero, 8)
     return affine(codes, step, None, 8, columns, scale_dtype=torch.float32, activation=activation)
 
 
