@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Execution = Literal["packed", "simulated"]
-ActivationKind = Literal["token", "tensor", "outlier"]
+ActivationKind = Literal["token", "tensor", "outlier", "dynamic_tensor", "dynamic_token"]
 
 
 @dataclass(frozen=True)

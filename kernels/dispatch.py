@@ -64,5 +64,7 @@ def _covers(problem: Problem) -> str:
         "token": ", inputs 8 bits per token",
         "tensor": ", inputs 8 bits static",
         "outlier": ", inputs 8 bits per token but for outlier columns",
+        "dynamic_tensor": ", inputs 8 bits dynamic",
+        "dynamic_token": ", inputs 8 bits dynamic per token",
     }
     return f"{p.bits} bits, {grid}{inputs[p.activation]}, {p.device}"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.base import ActivationKind
+
 TILE = 4 * 1024 * 1024
 """Weights that `tiled_linear` dequantizes at a time (16 MiB as float32)."""
 
@@ -43,11 +45,35 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x / steps), steps
 
 
+def dynamic_grid(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """(step, zero), each [m, 1] or [1, 1], of the grid that spans x at run time:
+
+        step = (max(x, 0) - min(x, 0)) / 255        zero = round(-min(x, 0) / step)
+
+    ONNX's DynamicQuantizeLinear (opset 11), which rounds ties to even as torch does. An input of
+    zeros gets a tiny step."""
+    if not x.numel():
+        return x.new_ones(1, 1), x.new_zeros(1, 1)
+    low, high = (x.amin(-1, True), x.amax(-1, True)) if per_row else (x.amin(), x.amax())
+    low, high = low.clamp_max(0).reshape(-1, 1), high.clamp_min(0).reshape(-1, 1)
+    step = ((high - low) / 255).clamp_min(1e-12)
+    return step, torch.round(-low / step).clamp_(0, 255)
+
+
+def quantize_dynamic(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """(code - zero, step) of `dynamic_grid`, codes 0 to 255."""
+    step, zero = dynamic_grid(x, per_row)
+    return torch.round(x / step).add_(zero).clamp_(0, 255).sub_(zero), step
+
+
 def quantize_input(
-    x: Tensor, input_scale: float | None, input_zero: int
+    x: Tensor, input_scale: float | None, input_zero: int, kind: ActivationKind | None = None
 ) -> tuple[Tensor, Tensor | float]:
-    """(code - zero, step) of the input, float32: per tensor with `input_scale`, per row if None."""
+    """(code - zero, step) of the input, float32: per tensor with `input_scale`, per row if None,
+    or by the grid of `kind` where that is a dynamic one."""
     x = x if x.dtype == torch.float64 else x.float()
+    if kind in ("dynamic_tensor", "dynamic_token"):
+        return quantize_dynamic(x, kind == "dynamic_token")
     if input_scale is None:
         return quantize_rows(x)
     return quantize_tensor(x, input_scale, input_zero).sub_(input_zero), input_scale
@@ -89,15 +115,17 @@ def w8a8_linear(
     bias: Tensor | None,
     input_scale: float | None,
     input_zero: int = 0,
+    kind: ActivationKind | None = None,
 ) -> Tensor:
     """Integer codes times integer codes, summed exactly, then scaled: float64 [m, rows].
 
     y[m, n] = step_x[m] * sum_g scale[n, g] * (sum_{k in g} (qx - zero_x)[m, k] (q - zero)[n, k])
 
     The inner sums are whole numbers far below 2**53, so float64 arithmetic is exact.
-    `input_scale` None quantizes each row of x by its largest magnitude, else the whole tensor.
+    `input_scale` None quantizes each row of x by its largest magnitude, else the whole tensor; a
+    dynamic `kind` finds its grid in x instead.
     """
-    centred, step = quantize_input(x, input_scale, input_zero)
+    centred, step = quantize_input(x, input_scale, input_zero, kind)
     centred = centred.double()
     total = torch.zeros(x.shape[0], codes.shape[0], dtype=torch.float64, device=x.device)
     for group in range(scales.shape[1]):

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from quantlab.errors import ModelError
 from quantlab.models import Block, LoadedModel, block_list
+from quantlab.observers import count_values
 from quantlab.texts import calibration_autocast
 
-StatKind = Literal["second_moment", "range", "mean", "sample"]
+StatKind = Literal["second_moment", "range", "mean", "sample", "histogram"]
 SAMPLE_ROWS = 256
 
 
@@ -30,6 +31,8 @@ class ActStats:
     low, high: float32 [columns], smallest and largest x of each channel ('range').
     mean_abs: float32 [columns], mean |x| of each channel ('mean').
     sample: float32 [up to 256, columns], evenly spaced rows ('sample').
+    histogram: int64 [65536], how often x rounds to each bfloat16 number, all channels together
+        ('histogram'; `quantlab.observers.bin_values` are the numbers).
     """
 
     tokens: int
@@ -38,6 +41,7 @@ class ActStats:
     high: Tensor | None = None
     mean_abs: Tensor | None = None
     sample: Tensor | None = None
+    histogram: Tensor | None = None
 
     @property
     def max_abs(self) -> Tensor:
@@ -58,6 +62,7 @@ class _Accumulator:
         self.high: Tensor | None = None
         self.total: Tensor | None = None
         self.rows: list[Tensor] = []
+        self.counts: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
@@ -76,6 +81,9 @@ class _Accumulator:
         if "sample" in self.kinds:
             # Continue the stride across batches, so that rows stay evenly spaced.
             self.rows.append(x[-self.tokens % self.stride :: self.stride].clone())
+        if "histogram" in self.kinds:
+            counts = count_values(x)
+            self.counts = counts if self.counts is None else self.counts.add_(counts)
         self.tokens += x.shape[0]
 
     def result(self) -> ActStats:
@@ -86,6 +94,7 @@ class _Accumulator:
             high=self.high,
             mean_abs=None if self.total is None else self.total / self.tokens,
             sample=torch.cat(self.rows) if self.rows else None,
+            histogram=self.counts,
         )
 
 

@@ -158,7 +158,7 @@ class QuantLinear(nn.Module):
             return reference.tiled_linear(x, tile, self.out_features, self.bias)
         scale = activation.scale if activation.kind == "tensor" else None
         # Centred codes are whole numbers up to 255: exact in bfloat16.
-        centred, step = reference.quantize_input(x, scale, activation.zero)
+        centred, step = reference.quantize_input(x, scale, activation.zero, activation.kind)
         y = reference.tiled_linear(centred.to(x.dtype), tile, self.out_features, None).float()
         y = y * step
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)

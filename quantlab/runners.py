@@ -1,7 +1,7 @@
 """A variant ready to run: logits of windows, greedy decoding, and what it honestly is.
 
-Two engines stand behind one face: transformers modules with QuantLab's layers, and llama.cpp for
-GGUF files.
+Three engines stand behind one face: transformers modules with QuantLab's layers, llama.cpp for
+GGUF files, and ONNX Runtime for its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from quantlab.layers import kernel_report
 from quantlab.llamacpp import LlamaCpp
 from quantlab.metrics.quality import TorchScorer
 from quantlab.metrics.speed import Decoder, Speed, measure_speed
+from quantlab.onnx_engine import OnnxModel
 from quantlab.types import Execution
 
 
@@ -116,3 +117,44 @@ class LlamaCppRunner:
             self._peak = max(self._peak, self._open.peak_rss_bytes())
             self._open.close()
             self._open = None
+
+
+class OnnxRunner:
+    """An ONNX file in ONNX Runtime."""
+
+    fallbacks: tuple[str, ...] = ()
+    execution: Execution = "packed"
+
+    def __init__(self, path: Path, bos: int | None, threads: int, limit: int) -> None:
+        self._bos = bos
+        self._engine: OnnxModel | None = OnnxModel(path, threads)
+        self._engine.context = min(self._engine.context, limit)
+        self.kernel = self._engine.info
+
+    def _open(self) -> OnnxModel:
+        assert self._engine is not None
+        return self._engine
+
+    def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+        if self._bos is None:
+            yield from self._open().chunks(window)
+            return
+        ids = torch.cat([window.new_tensor([self._bos]), window])
+        for start, logits in self._open().chunks(ids):
+            yield start, logits[1:]
+
+    def session(self, choose: Choose = greedy) -> Decoder:
+        engine = self._open()
+        engine.choose = choose
+        return engine
+
+    def speed(self) -> Speed | None:
+        engine = self._open()
+        engine.choose = greedy
+        return measure_speed(engine, engine.vocabulary, engine.context)
+
+    def other_peak_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._engine = None

@@ -18,18 +18,19 @@ from torch import Tensor
 from quantlab.blockwise import quantize_blocks, quantize_outer
 from quantlab.environment import default_threads, resolve_device
 from quantlab.errors import ConfigError
-from quantlab.export import gguf, quantlab_format
+from quantlab.export import gguf, onnx_int8, quantlab_format
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.models import LoadedModel, ModelSource, load
-from quantlab.runners import LlamaCppRunner, Runner, TorchRunner
+from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, TorchRunner
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
 
 ABOUT = "about.json"
 GGUF_FILE = "model.gguf"
+ONNX_FILE = "model.onnx"
 MAX_CONTEXT = 2048
 
-Kind = Literal["unquantized", "quantlab", "gguf"]
+Kind = Literal["unquantized", "quantlab", "gguf", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def check_format(variant: VariantSpec, format: str) -> None:
         raise ConfigError(f"format: unknown {format!r}; choose quantlab or gguf")
     if not METHODS[variant.method].quantizes:
         raise ConfigError(f"method: {variant.method} does not quantize; there is nothing to write")
+    if variant.method == "onnx_int8":
+        raise ConfigError("method: onnx_int8 is measured by compare only; dynamic_int8 is written")
     if (variant.method == "gguf") != (format == "gguf"):
         raise ConfigError(
             f"format: {variant.method} cannot be written as {format}; "
@@ -82,9 +85,13 @@ def prepare_variant(
     as_gguf = variant.method == "gguf" and model.family.gguf is not None
     if as_gguf:
         gguf.check(model)
+    if variant.method == "onnx_int8":
+        onnx_int8.check(model)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
+        if variant.method == "onnx_int8":
+            return _quantize_onnx(variant, model, folder, spec, emit)
         return _quantize(variant, model, ids, folder, spec, as_gguf, emit)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -139,7 +146,38 @@ def _quantize(
         peak_rss=peak_rss_bytes(),
         fallbacks=fallbacks,
     )
-    about = {**asdict(prepared), "path": path.name}
+    return _keep_about(prepared, folder)
+
+
+def _quantize_onnx(
+    variant: VariantSpec, model: LoadedModel, folder: Path, spec: RunSpec, emit: Emit
+) -> Prepared:
+    """ONNX Runtime quantizes the whole model at once, from a graph that is written first."""
+    config = configure(variant, spec.group_size)
+    emit(Progress(variant.label, "quantize", 0, 1, 0.0))
+    reset_peak()
+    started = time.perf_counter()
+    path = onnx_int8.write(
+        folder / ONNX_FILE,
+        model,
+        per_channel=config.per_channel,
+        reduce_range=config.reduce_range,
+        head=config.head,
+    )
+    prepared = Prepared(
+        kind="onnx",
+        path=path,
+        size_bytes=onnx_int8.weight_bytes(path),
+        parameters=model.parameters,
+        seconds=time.perf_counter() - started,
+        peak_rss=peak_rss_bytes(),
+    )
+    emit(Progress(variant.label, "quantize", 1, 1, 0.0))
+    return _keep_about(prepared, folder)
+
+
+def _keep_about(prepared: Prepared, folder: Path) -> Prepared:
+    about = {**asdict(prepared), "path": prepared.path.name}
     (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
     return prepared
 
@@ -179,6 +217,8 @@ def open_runner(
     device = resolve_device(spec.device)
     if prepared.kind == "gguf":
         return LlamaCppRunner(prepared.path, bos, threads, max(MAX_CONTEXT, spec.window + 1))
+    if prepared.kind == "onnx":
+        return OnnxRunner(prepared.path, bos, threads, MAX_CONTEXT)
     if prepared.kind == "quantlab":
         model, _ = quantlab_format.load(prepared.path)
     else:

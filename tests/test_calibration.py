@@ -151,7 +151,7 @@ def test_linears_with_one_input_share_one_object(name: str, groups: list[int]) -
 def test_only_what_is_asked_for_is_kept(kind: StatKind) -> None:
     model = tiny()
     stats = BlockRunner(model, token_ids(2, 16)).collect(block_of(model), [kind])
-    fields = {"second_moment", "low", "high", "mean_abs", "sample"}
+    fields = {"second_moment", "low", "high", "mean_abs", "sample", "histogram"}
     wanted = {"range": {"low", "high"}, "mean": {"mean_abs"}}.get(kind, {kind})
     for stat in stats.values():
         assert {field for field in fields if getattr(stat, field) is not None} == wanted

@@ -20,7 +20,7 @@ def checkout(tmp_path: Path) -> Path:
     """A folder with the script and the requirements, and no environment."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / SCRIPT, tmp_path / SCRIPT)
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-onnx.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 

@@ -28,6 +28,7 @@ errors < results
 results < store < pipeline
 errors < paths < store
 paths < texts < calibration
+grid < observers < calibration
 models < texts
 errors < ggml < packing
 codebook < packing
@@ -37,6 +38,7 @@ types < meter < pipeline
 layers < blockwise < variants
 methods < blockwise
 export < variants
+engine < onnx_engine < runners
 engine < llamacpp < runners < variants < measure < pipeline
 metrics < runners
 metrics < answers < measure
@@ -316,7 +318,9 @@ def requirements(name: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", package).lower(): version for package, _, version in pins}
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-onnx.txt", "requirements-dev.txt"]
+)
 def test_requirements_are_pinned_and_installed(name: str) -> None:
     for package, version in requirements(name).items():
         assert version, f"{package} has no version"
@@ -325,9 +329,9 @@ def test_requirements_are_pinned_and_installed(name: str) -> None:
 
 
 def test_every_imported_package_is_required() -> None:
-    """What the program imports is in requirements.txt by name, not there by another's kindness."""
+    """What the program imports is required by name, not there by another's kindness."""
     owners = importlib.metadata.packages_distributions()
-    required = requirements("requirements.txt")
+    required = requirements("requirements.txt") | requirements("requirements-onnx.txt")
     missing = set()
     for name in modules():
         for target in imports(name):

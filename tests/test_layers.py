@@ -70,6 +70,12 @@ WEIGHTS: dict[str, Callable[[], PackedWeight]] = {
     "w8a8 static": lambda: quantized(
         random(48, 96), 8, 96, symmetric=True, activation=Activation("tensor", 0.04, 117)
     ),
+    "w8a8 dynamic range": lambda: quantized(
+        random(48, 96), 8, 96, symmetric=True, activation=Activation("dynamic_tensor")
+    ),
+    "w8a8 dynamic range per token": lambda: quantized(
+        random(48, 96), 8, 96, symmetric=True, activation=Activation("dynamic_token")
+    ),
     "w4a8": lambda: quantized(random(48, 96), 4, 32, activation=Activation("token")),
     "w4a8 static": lambda: quantized(
         random(48, 96), 4, 32, activation=Activation("tensor", 0.04, 117)
@@ -79,6 +85,9 @@ WEIGHTS: dict[str, Callable[[], PackedWeight]] = {
     # Of 96 normal numbers in a row, one in twenty reaches 2.
     "llm_int8": lambda: round_rows(random(48, 96), 2.0),
     "llm_int8 without": lambda: round_rows(random(48, 96), 0.0),
+    "w4a8 dynamic range": lambda: quantized(
+        random(48, 96), 4, 32, activation=Activation("dynamic_token")
+    ),
     "q8_0": lambda: GGMLWeight(quantize_rows(random(48, 96), "q8_0"), "q8_0", 96),
     "q4_0": lambda: GGMLWeight(quantize_rows(random(48, 96), "q4_0"), "q4_0", 96),
 }
@@ -90,6 +99,8 @@ KERNELS = {
     "w8a8 static": torch_w8a8.NAME,
     "llm_int8": torch_outlier.NAME,
     "llm_int8 without": torch_w8a8.NAME,
+    "w8a8 dynamic range": torch_w8a8.NAME,
+    "w8a8 dynamic range per token": torch_w8a8.NAME,
 }
 by_weight = pytest.mark.parametrize("name", WEIGHTS)
 
@@ -103,7 +114,7 @@ def meaning(weight: PackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     activation = weight.activation if isinstance(weight, AffineWeight) else None
     if activation is not None:
         scale = activation.scale if activation.kind == "tensor" else None
-        codes, step = reference.quantize_input(x, scale, activation.zero)
+        codes, step = reference.quantize_input(x, scale, activation.zero, activation.kind)
         x = codes * step
     y = x @ weight.dequantize().double().T
     return y if bias is None else y + bias.double()
@@ -162,7 +173,7 @@ def test_the_packed_weight_comes_back_bit_for_bit(name: str) -> None:
     bits=st.integers(2, 8),
     group_size=st.integers(1, 160),
     symmetric=st.booleans(),
-    kind=st.sampled_from([None, "token", "tensor"]),
+    kind=st.sampled_from([None, "token", "tensor", "dynamic_tensor", "dynamic_token"]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 999),
 )

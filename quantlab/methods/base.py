@@ -8,6 +8,7 @@ command line, the README's table and the contract tests all come from here and f
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -89,6 +90,11 @@ def check_option(field: dataclasses.Field[Any], value: object) -> None:
             raise ConfigError(f"{field.name}={value}: needs at least {low}")
         if high is not None and value > high:
             raise ConfigError(f"{field.name}={value}: needs at most {high}")
+
+
+def missing_packages(*names: str) -> tuple[str, ...]:
+    """Which of these optional packages are not installed; imports none of them."""
+    return tuple(name for name in names if importlib.util.find_spec(name) is None)
 
 
 class Quantizer(ABC):

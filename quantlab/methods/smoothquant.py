@@ -20,8 +20,9 @@ from quantlab.calibration import ActStats
 from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import find_grid, from_codes, range_to_grid, to_codes
 from quantlab.methods import base
+from quantlab.methods.w8a8 import pack_int8, static_activation
 from quantlab.models import Block, Fold, apply_fold, fold_scale
-from quantlab.packing import Activation, PackedWeight, affine
+from quantlab.packing import Activation, PackedWeight
 
 ALPHAS = tuple(round(0.3 + 0.05 * step, 2) for step in range(13))
 """Migration strengths that the search tries: 0.3 to 0.9."""
@@ -101,21 +102,16 @@ def quantize_linear(
     weight: Tensor, stats: ActStats, scale: Tensor, config: SmoothQuantConfig
 ) -> PackedWeight:
     """int8 absmax a row, with the activation's scheme. `weight` already carries `scale`."""
-    columns = weight.shape[1]
-    step, zero = find_grid(weight, 8, columns, symmetric=True)
-    codes = to_codes(weight, step, zero, 8)
-    activation = Activation("token")
     if config.activations == "static":
-        x_step, x_zero = static_range(stats, scale)
-        activation = Activation("tensor", float(x_step), int(x_zero))
-    return affine(codes, step, None, 8, columns, scale_dtype=torch.float32, activation=activation)
+        return pack_int8(weight, static_activation(*static_range(stats, scale)))
+    return pack_int8(weight, Activation("token"))
 
 
 def static_range(stats: ActStats, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(step, zero) of one 8-bit grid for all of x / s, from the calibrated extremes."""
+    """The calibrated extremes of x / s over all channels, scalars."""
     assert stats.low is not None
     assert stats.high is not None
-    return range_to_grid((stats.low / scale).min(), (stats.high / scale).max(), 8, False)
+    return (stats.low / scale).min(), (stats.high / scale).max()
 
 
 def choose_scale(block: Block, fold: Fold, stats: ActStats, config: SmoothQuantConfig) -> Tensor:
@@ -151,7 +147,7 @@ def simulated_error(
     rounded = from_codes(to_codes(scaled, step, zero, 8), step, zero)
     smooth = x / scale
     if config.activations == "static":
-        x_step, x_zero = static_range(stats, scale)
+        x_step, x_zero = range_to_grid(*static_range(stats, scale), 8, False)
     else:
         x_step = (smooth.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
         x_zero = torch.full_like(x_step, 128.0)

@@ -21,9 +21,13 @@ class Activation:
     'token': one absmax step for each row at run time, x ~ code * max|x| / 127.
     'tensor': the fixed step and zero-point found in calibration, x ~ (code - zero) * scale with
     codes 0 to 255.
+    'dynamic_tensor', 'dynamic_token': x ~ (code - zero) * scale with codes 0 to 255 too, step and
+    zero-point from the smallest and largest x at run time (extended to contain 0), of the whole
+    input or of each row. What 'dynamic_tensor' makes of a token depends on the others it is read
+    with.
     """
 
-    kind: Literal["token", "tensor"]
+    kind: Literal["token", "tensor", "dynamic_tensor", "dynamic_token"]
     scale: float = 1.0
     zero: int = 0
 

@@ -65,7 +65,7 @@ def near_tie(scaled: Tensor) -> Tensor:
     rows=st.integers(1, 150),
     columns=st.integers(1, 300),
     m=st.sampled_from([1, 2, 3, 17, 64]),
-    kind=st.sampled_from(["token", "tensor"]),
+    kind=st.sampled_from(["token", "tensor", "dynamic_tensor", "dynamic_token"]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 2**16),
     bias=st.booleans(),
@@ -100,11 +100,18 @@ def test_within_the_bound(
     assert torch.equal(x, kept)
     input_scale = scale if kind == "tensor" else None
     want = reference.w8a8_linear(
-        x.double(), o.codes, o.scales, o.zeros, columns, o.bias, input_scale, zero
+        x.double(), o.codes, o.scales, o.zeros, columns, o.bias, input_scale, zero, kind
     )
     step: Tensor | float = scale
     if kind == "token":
         step = x.double().abs().amax(-1, keepdim=True) / 127
+    elif kind != "tensor":
+        step, exact = reference.dynamic_grid(x.double(), kind == "dynamic_token")
+        # Where the zero-point itself is near a tie, a whole row moves by a step.
+        low = x.double().amin(-1, True) if kind == "dynamic_token" else x.double().amin()
+        if bool(near_tie(-low.clamp_max(0) / step).any()):
+            return
+        assert bool(((exact >= 0) & (exact <= 255)).all())
     weight = (o.codes.double() - 128).abs() * o.scales.double()
     flips = near_tie(x.double() / step).double() @ weight.T * step
     reach = 255 * scale if kind == "tensor" else float("inf")

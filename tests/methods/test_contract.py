@@ -43,11 +43,15 @@ SPECS = [
         "rtn:3:clip=true", "gptq:4:symmetric=true", "gptq:4:act_order=false:static_groups=false",
         "gptq:4:clip=false:act_order=false", "awq:4:symmetric=true", "awq:4:clip=false",
         "smoothquant:8:activations=dynamic", "smoothquant:8:search=false:fold_linears=false",
-        "smoothquant:8:search=false:alpha=-1", "gguf:q8_0", "gguf:q4_0", "gguf:q6_k",
+        "smoothquant:8:search=false:alpha=-1", "dynamic_int8:8:activations=token",
+        "dynamic_int8:8:per_channel=false", "static_int8:8:observer=percentile",
+        "static_int8:8:observer=mse", "onnx_int8:8:per_channel=true",
+        "gguf:q8_0", "gguf:q4_0", "gguf:q6_k",
         "nf4:4:block_size=32:double_quant=false", "fp4:4:block_size=4096", "llm_int8:8:threshold=0",
     )
 ]  # fmt: skip
 GROUP = 32
+W8A8 = ("smoothquant", "dynamic_int8", "static_int8", "onnx_int8")
 IDS = token_ids(4, 24)
 
 
@@ -75,18 +79,20 @@ def expected_bits(weight: PackedWeight, spec: VariantSpec) -> float:
     if isinstance(weight, OutlierWeight):
         return 8 + 32 / columns
     config = config_of(spec)
+    if spec.method in W8A8:
+        grids = rows if getattr(config, "per_channel", True) else 1
+        return (8 * rows * columns + 32 * grids) / (rows * columns)
     if isinstance(weight, CodebookWeight):
         blocks = -(-rows * columns // config.block_size)
         scales = blocks * 8 + -(-blocks // 256) * 32 + 32 if config.double_quant else blocks * 32
         return 4 + scales / (rows * columns)
     assert isinstance(weight, AffineWeight)
-    group = columns if spec.method == "smoothquant" else min(config.group_size, columns)
+    group = min(config.group_size, columns)
     granularity = getattr(config, "granularity", "group")
     group = group if granularity == "group" else columns
     groups, grids = -(-columns // group), 1 if granularity == "tensor" else rows
-    scale_bits = 32 if spec.method == "smoothquant" else 16
-    bits = rows * -(-columns * weight.bits // 8) * 8 + grids * groups * scale_bits
-    if spec.method != "smoothquant" and not config.symmetric:
+    bits = rows * -(-columns * weight.bits // 8) * 8 + grids * groups * 16
+    if not config.symmetric:
         bits += grids * -(-groups * weight.bits // 8) * 8
     return bits / (rows * columns)
 
@@ -199,8 +205,8 @@ def test_activations_that_are_not_finite_are_refused(name: str, bad: float) -> N
     stats = statistics(model, spec)
 
     def spoil(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
         spoilt = tensor.clone()
         spoilt[..., 3] = bad
         return spoilt
@@ -222,7 +228,7 @@ def test_every_statistic_asked_for_is_read(name: str) -> None:
     reads nothing else follows from all the other tests, which collect only what it needs.)"""
     model, spec = tiny("llama"), parse_variant(name)
     kinds = {"second_moment": ("second_moment",), "range": ("low", "high"),
-             "mean": ("mean_abs",), "sample": ("sample",)}  # fmt: skip
+             "mean": ("mean_abs",), "sample": ("sample",), "histogram": ("histogram",)}  # fmt: skip
     for kind in METHODS[name].needs:
         without = {
             path: dataclasses.replace(stat, **dict.fromkeys(kinds[kind]))
@@ -380,7 +386,7 @@ def test_a_method_describes_itself(name: str) -> None:
     assert config.to_json().keys() == {field.name for field in dataclasses.fields(config)}
     for bits in method.bits:
         assert method.weight_bits(configure(VariantSpec(name, bits))) == bits
-    eight = name in ("smoothquant", "llm_int8")
+    eight = name in W8A8 or name == "llm_int8"
     assert method.activation_bits(config) == (8 if eight else config_bits(name))
 
 
