@@ -14,6 +14,7 @@ from quantlab.layers import QuantLinear, replace_linear
 from quantlab.methods.base import Quantizer
 from quantlab.models import Block, LoadedModel, block_list, get_block
 from quantlab.packing import PackedWeight
+from quantlab.training.workshop import Workshop
 
 Step = Callable[[int, int], None]
 """Called with (blocks done, blocks)."""
@@ -34,9 +35,7 @@ def quantize_blocks(
     for index in range(count):
         step(index, count)
         block = get_block(model.module, model.family, index)
-        for path, linear in block.linears.items():
-            if not bool(torch.isfinite(linear.weight).all()):
-                raise MethodError(f"block {index}: the weights of {path} are not finite")
+        check_finite(block)
         stats: dict[str, ActStats] = {}
         if runner is not None:
             stats = dict(runner.collect(block, method.needs))
@@ -54,6 +53,29 @@ def install(block: Block, weights: dict[str, PackedWeight]) -> None:
     """Put QuantLinears in the place of the block's linears, so that later blocks see the error."""
     for path, weight in weights.items():
         replace_linear(block.module, path, QuantLinear(weight, block.linears[path].bias))
+
+
+def train_blocks(
+    model: LoadedModel, method: Quantizer, config: Any, ids: Tensor, workshop: Workshop
+) -> dict[str, PackedWeight]:
+    """As `quantize_blocks`, for methods that train. Raises: MethodError."""
+    count = len(block_list(model.module, model.family))
+    for index in range(count):
+        check_finite(get_block(model.module, model.family, index))
+    packed = method.train(model, ids, config, workshop)
+    for path, weight in packed.items():
+        bias = model.module.get_submodule(path).bias
+        replace_linear(model.module, path, QuantLinear(weight, bias))
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(False)
+    return packed
+
+
+def check_finite(block: Block) -> None:
+    """Raise MethodError when a linear of the block has weights that are not finite."""
+    for path, linear in block.linears.items():
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise MethodError(f"block {block.index}: the weights of {path} are not finite")
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ class BlockRunner:
         self._by_size = {size: self._block_keywords(base, batches, size) for size in self._sizes}
         self.hidden = [self._first_input(base, batch) for batch in batches]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _block_keywords(
         self, base: nn.Module, batches: list[Tensor], size: int
     ) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ class BlockRunner:
                 handle.remove()
         return seen
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _first_input(self, base: nn.Module, ids: Tensor) -> Tensor:
         found: list[Tensor] = []
 
@@ -163,14 +163,15 @@ class BlockRunner:
             handle.remove()
         return found[0].float().clone()
 
-    def _run(self, block: Block, hidden: Tensor) -> Tensor:
+    def run(self, block: Block, hidden: Tensor) -> Tensor:
+        """The block's output for one batch of `hidden`; gradients flow where they are enabled."""
         keywords = self._by_size[hidden.shape[0]][block.index]
         with calibration_autocast():
             output = block.module(hidden, **keywords)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def collect(self, block: Block, kinds: Iterable[StatKind]) -> Mapping[str, ActStats]:
         """Statistics of every linear's input, by the linear's path; the hidden states stay."""
         wanted = frozenset(kinds)
@@ -195,7 +196,7 @@ class BlockRunner:
         try:
             for hidden in self.hidden:
                 current.clear()
-                self._run(block, hidden)
+                self.run(block, hidden)
         finally:
             for handle in handles:
                 handle.remove()
@@ -204,7 +205,7 @@ class BlockRunner:
         done = {path: accumulator.result() for path, accumulator in sums.items()}
         return {path: done[first] for path, first in leader.items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Replace the hidden states by the block's output, as the block is now (quantized)."""
-        self.hidden = [self._run(block, hidden).float() for hidden in self.hidden]
+        self.hidden = [self.run(block, hidden).float() for hidden in self.hidden]

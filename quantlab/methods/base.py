@@ -19,8 +19,9 @@ from torch import Tensor
 
 from quantlab.calibration import ActStats, StatKind
 from quantlab.errors import ConfigError
-from quantlab.models import Block
+from quantlab.models import Block, LoadedModel
 from quantlab.packing import PackedWeight
+from quantlab.training.workshop import Workshop
 from quantlab.types import OptionValue, VariantSpec
 
 Default = TypeVar("Default")
@@ -102,6 +103,8 @@ class Quantizer(ABC):
 
     `bits` lists the bit widths a person can ask for (empty: the method has none to choose).
     `needs` lists the activation statistics `quantize_block` reads; none means no calibration.
+    `trains` says that the weights come from `train`, which takes long and can be gone on with after
+    it was stopped; `quantize_block` is then what such a method gives without any training.
     """
 
     name: ClassVar[str]
@@ -111,6 +114,7 @@ class Quantizer(ABC):
     bits: ClassVar[tuple[int, ...]] = ()
     needs: ClassVar[tuple[StatKind, ...]] = ()
     quantizes: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
     Config: ClassVar[type[Config]]
 
     @abstractmethod
@@ -123,6 +127,22 @@ class Quantizer(ABC):
         linears) of the block may be rewritten in place, such that the float function stays equal.
         Returns the packed weight of each linear by name. Raises MethodError.
         """
+
+    def train(
+        self, model: LoadedModel, ids: Tensor, config: Any, workshop: Workshop
+    ) -> dict[str, PackedWeight]:
+        """Learn the weights of every block on the tokens `ids` (int64 [pieces, length]).
+
+        Only called where `trains`. Returns the packed weight of each linear by its full path; other
+        weights of the blocks (norms) may be rewritten in place, and the linears are replaced by the
+        caller. Reports to `workshop`, keeps checkpoints there, and given the same workshop again
+        goes on from the last one with the same result. Raises: MethodError.
+        """
+        raise NotImplementedError
+
+    def train_passes(self, config: Any) -> float:
+        """Forward passes over the calibration tokens that `train` costs, for the estimate."""
+        return 0.0
 
     def quantize_outer(
         self, weight: Tensor, kind: str, tied_head: bool, config: Any

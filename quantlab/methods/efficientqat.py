@@ -1,0 +1,259 @@
+"""EfficientQAT: train a block at a time against its original, then only the steps end to end.
+
+1. Block-AP ("block-wise training of all parameters"). With f a block, x its inputs in the original
+   model and x~ its inputs after the quantized blocks before it, minimise
+
+       || f~(x~; W, s, z, norms) - f(x) ||^2        w^ = (clamp(round(w/s) + round(z)) - round(z)) s
+
+   over weights, steps, zero-points and norms together, then fix the codes and zero-points.
+2. E2E-QP ("end-to-end training of quantization parameters"). Codes stay; the steps s of the whole
+   model are trained on the text, here by default towards the original's own predictions.
+
+Source: Chen et al. 2024, arXiv 2407.11062, section 3 and equations 1-6; the target f(x) on the
+original's own inputs as in its authors' code. Different here, where a few tens of thousands of
+tokens have to do: weights start compensated as in GPTQ, learning rates are relative to the step
+size, and E2E-QP distils; the paper's choices are options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantlab.calibration import ActStats, BlockRunner
+from quantlab.methods import base
+from quantlab.models import Block, LoadedModel, block_list, get_block
+from quantlab.packing import PackedWeight
+from quantlab.training.linears import FakeLinear, StepLinear
+from quantlab.training.loops import Rates, last_states, train_block, train_model
+from quantlab.training.start import begin, install
+from quantlab.training.workshop import Workshop
+
+SAVE_EVERY = 8
+"""Steps of E2E-QP between checkpoints."""
+
+
+@dataclass(frozen=True)
+class EfficientQATConfig(base.Config):
+    bits: int = base.option(2, "Bits", "Bits a weight.", minimum=2, maximum=4)
+    group_size: int = base.option(
+        64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="64, 128"
+    )
+    start: str = base.option(
+        "compensated",
+        "Start",
+        "Training begins with GPTQ's compensated weights, or with the original's (rounded).",
+        choices=("compensated", "rounded"),
+        paper="rounded, from minimum to maximum",
+    )
+    block_epochs: int = base.option(
+        3,
+        "Epochs a block",
+        "Passes over the calibration tokens for every block; 0 leaves Block-AP out.",
+        minimum=0,
+        maximum=100,
+        paper="2 (of 4,096 x 2,048 tokens)",
+    )
+    block_rate: float = base.option(
+        0.01,
+        "Learning rate, weights",
+        "What a weight can move by in one step of training, as a fraction of its step size.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.001,
+        paper="absolute: 2e-5 at 2 bits, 1e-5 at 3 and 4",
+    )
+    step_rate: float = base.option(
+        0.005,
+        "Learning rate, steps",
+        "The same for step sizes and, in codes, for zero-points, while a block is trained.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.001,
+        paper="absolute: 1e-4",
+    )
+    e2e_epochs: int = base.option(
+        3,
+        "Epochs end to end",
+        "Passes over the calibration tokens for the steps of all blocks; 0 leaves E2E-QP out.",
+        minimum=0,
+        maximum=100,
+        paper="1 (of 4,096 x 4,096 tokens)",
+    )
+    e2e_rate: float = base.option(
+        0.005,
+        "Learning rate, end to end",
+        "What a step can move by in one step of E2E-QP, as a fraction of itself.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.001,
+        paper="absolute: 2e-5 at 2 bits, 1e-5 at 3 and 4",
+    )
+    goal: str = base.option(
+        "original",
+        "End-to-end goal",
+        "original: the original's own predictions (KL divergence); text: the next token.",
+        choices=("original", "text"),
+        paper="text",
+    )
+    batch_size: int = base.option(
+        4,
+        "Batch size",
+        "Pieces of calibration text in one step of training.",
+        minimum=1,
+        maximum=256,
+        paper="2 for blocks, 32 end to end",
+    )
+
+
+@base.register
+class EfficientQAT(base.Quantizer):
+    name = "efficientqat"
+    title = "EfficientQAT"
+    paper = "arXiv 2407.11062"
+    summary = "Trains each block against its original, then all step sizes end to end; slow."
+    bits = (2, 3, 4)
+    needs = ("second_moment",)
+    trains = True
+    Config = EfficientQATConfig
+
+    def quantize_block(
+        self, block: Block, stats: Mapping[str, ActStats], config: EfficientQATConfig
+    ) -> dict[str, PackedWeight]:
+        """What training begins with."""
+        linears = self._begin(block, stats, config)
+        return {path: StepLinear.of(linear).packed() for path, linear in linears.items()}
+
+    def train(
+        self, model: LoadedModel, ids: Tensor, config: EfficientQATConfig, workshop: Workshop
+    ) -> dict[str, PackedWeight]:
+        batches = list(ids.split(config.batch_size))
+        original = None
+        if config.goal == "original" and config.e2e_epochs:
+            original = last_states(model.module, batches)
+        self._block_ap(model, ids, config, workshop)
+        blocks = block_list(model.module, model.family)
+        if config.e2e_epochs:
+            rates = Rates(weights=0.0, steps=config.e2e_rate, zeros=0.0, others=0.0)
+            train_model(
+                model.module,
+                list(blocks),
+                batches,
+                original,
+                rates,
+                config.e2e_epochs,
+                workshop,
+                "e2e_qp",
+                SAVE_EVERY,
+            )
+        return {
+            f"{model.family.blocks}.{path}": layer.packed()
+            for path, layer in blocks.named_modules()
+            if isinstance(layer, StepLinear)
+        }
+
+    @torch.no_grad()
+    def _block_ap(
+        self, model: LoadedModel, ids: Tensor, config: EfficientQATConfig, workshop: Workshop
+    ) -> None:
+        """Replace the linears of all blocks by trained `StepLinear`s, block after block."""
+        runner = BlockRunner(model, ids, batch_tokens=config.batch_size * ids.shape[1])
+        float_stream = runner.hidden  # before the current block, in the original
+        own_stream = list(runner.hidden)  # the same after the quantized blocks
+        count = len(block_list(model.module, model.family))
+        steps = config.block_epochs * len(own_stream)
+        curves = workshop.curves.setdefault("block_ap", [])
+        for index in range(count):
+            done, total = index * max(steps, 1), count * max(steps, 1)
+            workshop.report("block_ap", done, total)
+            block = get_block(model.module, model.family, index)
+            targets = [runner.run(block, hidden).float() for hidden in float_stream]
+            losses = restore_block(block, config, workshop)
+            if losses is None:
+                runner.hidden = own_stream
+                stats = runner.collect(block, self.needs)
+                linears = self._begin(block, stats, config)
+                install(block, linears)
+                losses = train_block(
+                    block.module,
+                    lambda hidden, block=block: runner.run(block, hidden),
+                    own_stream,
+                    targets,
+                    Rates(config.block_rate, config.step_rate, config.step_rate, 0.1 * config.step_rate),
+                    config.block_epochs,
+                    workshop.seed + index,
+                    lambda step, done=done, total=total: workshop.report(
+                        "block_ap", done + step, total
+                    ),
+                )
+                freeze_block(block, linears)
+                keep_block(block, losses, workshop)
+            curves.append(losses)
+            own_stream = [runner.run(block, hidden).float() for hidden in own_stream]
+            float_stream = targets
+        workshop.report("block_ap", 1, 1)
+
+    def _begin(
+        self, block: Block, stats: Mapping[str, ActStats], config: EfficientQATConfig
+    ) -> dict[str, FakeLinear]:
+        return begin(
+            block,
+            stats,
+            config.bits,
+            config.group_size,
+            compensate=config.start == "compensated",
+        )
+
+    def train_passes(self, config: EfficientQATConfig) -> float:
+        """A step of training is three forward passes; the original's targets are another."""
+        return 3.0 * config.block_epochs + 3.5 * config.e2e_epochs + 4.0
+
+
+@torch.no_grad()
+def freeze_block(block: Block, linears: Mapping[str, FakeLinear]) -> None:
+    """Fix the codes; norms and biases are rounded to bfloat16, as they are stored."""
+    for parameter in block.module.parameters():
+        if parameter.dim() == 1:
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+        parameter.requires_grad_(False)
+    install(block, {path: StepLinear.of(linear) for path, linear in linears.items()})
+
+
+def keep_block(block: Block, losses: list[float], workshop: Workshop) -> None:
+    tensors: dict[str, Tensor] = {}
+    for path, parameter in block.module.named_parameters():
+        tensors[path] = parameter
+    for path in block.linears:
+        layer = block.module.get_submodule(path)
+        assert isinstance(layer, StepLinear)
+        tensors[f"{path}.codes"] = layer.codes().to(torch.uint8)
+        tensors[f"{path}.zeros"] = layer.zeros
+    workshop.save(f"block-{block.index:03d}", tensors, {"losses": losses})
+
+
+@torch.no_grad()
+def restore_block(
+    block: Block, config: EfficientQATConfig, workshop: Workshop
+) -> list[float] | None:
+    """Put a block's checkpoint in place and return its losses; None where there is none."""
+    kept = workshop.load(f"block-{block.index:03d}")
+    if kept is None:
+        return None
+    tensors, state = kept
+    layers = {}
+    for path, linear in block.linears.items():
+        codes, zeros = tensors.pop(f"{path}.codes").float(), tensors.pop(f"{path}.zeros")
+        scale = tensors.pop(f"{path}.scale")
+        layers[path] = StepLinear(
+            codes, scale, zeros, config.bits, config.group_size, linear.bias
+        )
+    install(block, layers)
+    own = dict(block.module.named_parameters())
+    for path, tensor in tensors.items():
+        own[path].copy_(tensor)
+    for parameter in own.values():
+        parameter.requires_grad_(False)
+    return [float(loss) for loss in state["losses"]]
