@@ -34,6 +34,11 @@ errors < environment < keys < pipeline
 methods < estimate < pipeline
 types < meter < pipeline
 layers < blockwise < variants
+layers < outer < variants
+models < outer
+errors < allocation < methods
+metrics < sensitivity < methods
+calibration < sensitivity
 methods < blockwise
 export < variants
 engine < llamacpp < runners < variants < measure < pipeline

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from quantlab.calibration import ActStats, StatKind
 from quantlab.errors import ConfigError
-from quantlab.models import Block
+from quantlab.models import Block, LoadedModel
 from quantlab.packing import PackedWeight
 from quantlab.types import OptionValue, VariantSpec
 
 Default = TypeVar("Default")
+Step = Callable[[int, int], None]
+"""Called with (steps done, steps)."""
 
 
 def option(
@@ -68,6 +70,42 @@ class Config:
 
     def to_json(self) -> dict[str, OptionValue]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+OUTER_BITS = (16, 8, 6, 5, 4, 3, 2)
+"""Widths of embedding and head; 16 leaves them alone."""
+
+
+@dataclass(frozen=True)
+class WeightConfig(Config):
+    """Options of every method that packs weights: the embedding and the output head as well.
+
+    `quantlab.outer` rounds them: they have no block, so no method's own arithmetic applies.
+    """
+
+    embedding_bits: int = option(
+        16,
+        "Embedding bits",
+        "Bits of the token embedding; 16 leaves it alone. Where it serves as head too (tied), set "
+        "the head's alike.",
+        choices=OUTER_BITS,
+        paper="16",
+    )
+    head_bits: int = option(
+        16,
+        "Head bits",
+        "Bits of the output head; 16 leaves it alone.",
+        choices=OUTER_BITS,
+        paper="16",
+    )
+
+    def outer_bits(self) -> tuple[int, int]:
+        """(embedding, head) bits."""
+        return self.embedding_bits, self.head_bits
+
+
+SHARED_OPTIONS = tuple(field.name for field in dataclasses.fields(WeightConfig))
+"""Options that stand after a method's own in lists."""
 
 
 def check_option(field: dataclasses.Field[Any], value: object) -> None:
@@ -117,6 +155,21 @@ class Quantizer(ABC):
         linears) of the block may be rewritten in place, such that the float function stays equal.
         Returns the packed weight of each linear by name. Raises MethodError.
         """
+
+    def plan(self, model: LoadedModel, ids: Tensor | None, config: Any, step: Step) -> Any:
+        """What `quantize_block` receives as its config, decided on the whole original model.
+
+        Called once, before anything is changed; must leave `model` as it is. ids: int64 [pieces,
+        length], None without calibration; `step` takes (done, total). Raises: MethodError,
+        ConfigError for a config that does not fit this model.
+        """
+        return config
+
+    def report(
+        self, model: LoadedModel, plan: Any, packed: Mapping[str, PackedWeight]
+    ) -> dict[str, Any]:
+        """What the record keeps of the plan (plain JSON); `model` is quantized by now."""
+        return {}
 
     def quantize_outer(
         self, weight: Tensor, kind: str, tied_head: bool, config: Any

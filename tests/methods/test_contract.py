@@ -38,6 +38,8 @@ SPECS = [
         "gptq:4:clip=false:act_order=false", "awq:4:symmetric=true", "awq:4:clip=false",
         "smoothquant:8:activations=dynamic", "smoothquant:8:search=false:fold_linears=false",
         "smoothquant:8:search=false:alpha=-1", "gguf:q8_0", "gguf:q4_0", "gguf:q6_k",
+        "mixed:arithmetic=awq", "mixed:arithmetic=rtn:preset=all-4",
+        "mixed:arithmetic=awq:pattern=*.q_proj=3;*.down_proj=5", "gptq:4:embedding_bits=8:head_bits=4",
     )
 ]  # fmt: skip
 GROUP = 32
