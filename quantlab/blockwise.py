@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +10,10 @@ from torch import Tensor
 from quantlab.calibration import ActStats, BlockRunner
 from quantlab.errors import MethodError
 from quantlab.layers import QuantLinear, replace_linear
-from quantlab.methods.base import Quantizer
+from quantlab.methods.base import Quantizer, Step
 from quantlab.models import Block, LoadedModel, block_list, get_block
 from quantlab.packing import PackedWeight
 from quantlab.training.workshop import Workshop
-
-Step = Callable[[int, int], None]
-"""Called with (blocks done, blocks)."""
 
 
 @torch.no_grad()
@@ -26,8 +22,9 @@ def quantize_blocks(
 ) -> dict[str, PackedWeight]:
     """Quantize every block of `model` in place: its linears become QuantLinears.
 
-    ids: int64 [pieces, length], the calibration tokens, for methods that need statistics. Returns
-    the packed weights by the linears' full paths. Raises: MethodError.
+    ids: int64 [pieces, length], the calibration tokens, for methods that need statistics; `config`
+    may be what the method's `plan` made of its config. Returns the packed weights by the linears'
+    full paths. Raises: MethodError.
     """
     runner = BlockRunner(model, ids) if method.needs and ids is not None else None
     count = len(block_list(model.module, model.family))

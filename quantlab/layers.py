@@ -194,6 +194,73 @@ class QuantLinear(nn.Module):
         )
 
 
+class QuantEmbedding(nn.Module):
+    """Rows of a packed weight by token id, dequantized on lookup: any shape of ids -> dtype
+    [..., columns].
+
+    A tied head is a QuantLinear of the same PackedWeight: the bytes are kept once on disk and in
+    size figures. In memory a kernel with a layout of its own holds the codes a second time.
+    """
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.dtype = dtype
+        self.nbytes, self.bits_per_weight = weight.nbytes, weight.bits_per_weight
+        self._description = describe(weight)
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def weight_packed(self) -> PackedWeight:
+        """The plain packed weight, on the device where the layer is."""
+        tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return restore(self._description, tensors)
+
+    @property
+    def weight(self) -> Tensor:
+        """As `QuantLinear.weight`: dtype, device and shape, NaN for values, no memory."""
+        device = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+        nan = torch.full((), float("nan"), dtype=self.dtype, device=device)
+        return nan.expand(self.num_embeddings, self.embedding_dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = select_rows(self.weight_packed, ids.reshape(-1))
+        return rows.dequantize().to(self.dtype).view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
+        """`.to(device)` moves; dtypes stay as they are (float16 scales are part of the weight)."""
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
+        for name, tensor in self._buffers.items():
+            if tensor is not None:
+                self._buffers[name] = tensor.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, {self.bits_per_weight:.2f} bits a weight"
+        )
+
+
+def select_rows(weight: PackedWeight, rows: Tensor) -> PackedWeight:
+    """The packed weight of the given rows (int64 [n], repeats allowed), in that order."""
+    if isinstance(weight, GGMLWeight):
+        return dataclasses.replace(weight, data=weight.data[rows])
+    if not isinstance(weight, AffineWeight):
+        raise TypeError(f"no rows of {type(weight).__name__} can be looked up")
+    shared = weight.scales.shape[0] == 1
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor if shared else tensor[rows]
+
+    return dataclasses.replace(
+        weight,
+        codes=weight.codes[rows],
+        scales=part(weight.scales),
+        zeros=None if weight.zeros is None else part(weight.zeros),
+    )
+
+
 def dequantize_rows(weight: PackedWeight, first: int, last: int) -> Tensor:
     """Rows first to last - 1 of the weight, float32."""
     if isinstance(weight, GGMLWeight):

@@ -63,6 +63,7 @@ def measure(
             execution=runner.execution,
             fallbacks=prepared.fallbacks + runner.fallbacks,
             outputs=outputs,
+            details=prepared.details,
         )
     finally:
         runner.close()

@@ -8,6 +8,7 @@ from quantlab.types import Emit, Event, Progress
 
 SHARES = {
     "load": (0.0, 0.02),
+    "plan": (0.02, 0.30),
     "quantize": (0.02, 0.55),
     "perplexity": (0.57, 0.28),
     "speed": (0.85, 0.05),

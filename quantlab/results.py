@@ -26,6 +26,8 @@ class ResultRecord:
     mean negative log-likelihood (`nll`) and KL divergence (`kl`), from which paired intervals are
     drawn. `execution` is 'packed' (real kernels on packed weights) or 'simulated' (dequantized
     arithmetic); a simulated row has no speed. `fallbacks` lists every fallback that was taken.
+    `details` is what the method reports of its own work, by name (mixed: `allocation`, see
+    `quantlab.methods.mixed`); records from before it have none.
     """
 
     variant: str
@@ -56,6 +58,7 @@ class ResultRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     artifact: str | None = None
     cached: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A plain JSON object; tuples become lists."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from quantlab.export import gguf, onnx_int8, quantlab_format
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.models import LoadedModel, ModelSource, load
+from quantlab.outer import check_outer, pack_outer
 from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, TorchRunner
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
 
@@ -36,7 +37,8 @@ Kind = Literal["unquantized", "quantlab", "gguf", "onnx"]
 @dataclass(frozen=True)
 class Prepared:
     """Quantized weights on disk. `seconds` and `peak_rss` are of the quantizing itself, None where
-    nothing was quantized; `size_bytes` of all weights; `fallbacks` what could not be had."""
+    nothing was quantized; `size_bytes` of all weights; `fallbacks` what could not be had; `details`
+    what the method reports of its plan."""
 
     kind: Kind
     path: Path
@@ -45,6 +47,7 @@ class Prepared:
     seconds: float | None = None
     peak_rss: int | None = None
     fallbacks: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def check_format(variant: VariantSpec, format: str) -> None:
@@ -112,14 +115,24 @@ def _quantize(
     torch.manual_seed(spec.seed)
     reset_peak()
     started = time.perf_counter()
-    packed = quantize_blocks(
+    check_outer(model, config)
+    plan = method.plan(
+        model,
+        ids,
+        config,
+        lambda done, total: emit(Progress(variant.label, "plan", done, total, 0.0)),
+    )
+    # Blocks see the error of the embedding as well.
+    packed = pack_outer(model, config)
+    packed |= quantize_blocks(
         model,
         method,
-        config,
+        plan,
         ids,
         lambda done, total: emit(Progress(variant.label, "quantize", done, total, 0.0)),
     )
     outer = quantize_outer(model, method, config) if as_gguf else {}
+    details = method.report(model, plan, packed)
     seconds = time.perf_counter() - started
     fallbacks: tuple[str, ...] = ()
     if as_gguf:
@@ -145,6 +158,7 @@ def _quantize(
         seconds=seconds,
         peak_rss=peak_rss_bytes(),
         fallbacks=fallbacks,
+        details=details,
     )
     return _keep_about(prepared, folder)
 

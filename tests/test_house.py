@@ -36,6 +36,11 @@ errors < environment < keys < pipeline
 methods < estimate < pipeline
 types < meter < pipeline
 layers < blockwise < variants
+layers < outer < variants
+models < outer
+errors < allocation < methods
+metrics < sensitivity < methods
+calibration < sensitivity
 methods < blockwise
 export < variants
 engine < onnx_engine < runners

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.layers import QuantLinear, replace_linear
+from quantlab.layers import QuantEmbedding, QuantLinear, replace_linear
 from quantlab.models import ARTIFACT_FILE, LoadedModel, skeleton
 from quantlab.models.loading import family_of
 from quantlab.models.source import check_safetensors, locate, read_json
@@ -77,9 +77,11 @@ def check_target(folder: Path) -> None:
 
 
 def plain_weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Every weight that no QuantLinear holds, tied ones once, by name."""
+    """Every weight that no packed layer holds, tied ones once, by name."""
     inside = {
-        f"{path}." for path, child in module.named_modules() if isinstance(child, QuantLinear)
+        f"{path}."
+        for path, child in module.named_modules()
+        if isinstance(child, (QuantEmbedding, QuantLinear))
     }
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -120,12 +122,28 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LoadedModel
             bias = tensors.get(f"{path}.bias")
             if tuple(weight.shape) != tuple(old.weight.shape):
                 raise ConfigError(f"{path} has shape {weight.shape}")
-            replace_linear(module, path, QuantLinear(weight, bias, dtype=dtype))
+            if isinstance(old, torch.nn.Embedding):
+                _install_embedding(module, path, weight, tensors, dtype)
+            else:
+                replace_linear(module, path, QuantLinear(weight, bias, dtype=dtype))
     except (ConfigError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(f"model: {folder.name} is damaged ({error})") from None
     _fill(module, tensors, folder.name)
     model = LoadedModel(locate(str(folder)), module, tokenizer, family)
     return model, about
+
+
+def _install_embedding(
+    module: Any, path: str, weight: PackedWeight, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """A packed embedding, and, where the model ties them, the head on the same packed weight."""
+    old, head = module.get_submodule(path), module.get_output_embeddings()
+    if head is not None and head.weight.data_ptr() == old.weight.data_ptr():
+        where = next(name for name, child in module.named_modules() if child is head)
+        replace_linear(
+            module, where, QuantLinear(weight, tensors.get(f"{where}.bias"), dtype=dtype)
+        )
+    replace_linear(module, path, QuantEmbedding(weight, dtype))
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:

@@ -28,7 +28,7 @@ from quantlab.packing import PackedWeight, affine
 
 
 @dataclass(frozen=True)
-class AWQConfig(base.Config):
+class AWQConfig(base.WeightConfig):
     bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=8)
     group_size: int = base.option(
         64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="128"

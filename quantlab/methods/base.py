@@ -25,6 +25,8 @@ from quantlab.training.workshop import Workshop
 from quantlab.types import OptionValue, VariantSpec
 
 Default = TypeVar("Default")
+Step = Callable[[int, int], None]
+"""Called with (steps done, steps)."""
 
 
 def option(
@@ -70,6 +72,42 @@ class Config:
 
     def to_json(self) -> dict[str, OptionValue]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+OUTER_BITS = (16, 8, 6, 5, 4, 3, 2)
+"""Widths of embedding and head; 16 leaves them alone."""
+
+
+@dataclass(frozen=True)
+class WeightConfig(Config):
+    """Options of every method that packs weights: the embedding and the output head as well.
+
+    `quantlab.outer` rounds them: they have no block, so no method's own arithmetic applies.
+    """
+
+    embedding_bits: int = option(
+        16,
+        "Embedding bits",
+        "Bits of the token embedding; 16 leaves it alone. Where it serves as head too (tied), set "
+        "the head's alike.",
+        choices=OUTER_BITS,
+        paper="16",
+    )
+    head_bits: int = option(
+        16,
+        "Head bits",
+        "Bits of the output head; 16 leaves it alone.",
+        choices=OUTER_BITS,
+        paper="16",
+    )
+
+    def outer_bits(self) -> tuple[int, int]:
+        """(embedding, head) bits."""
+        return self.embedding_bits, self.head_bits
+
+
+SHARED_OPTIONS = tuple(field.name for field in dataclasses.fields(WeightConfig))
+"""Options that stand after a method's own in lists."""
 
 
 def check_option(field: dataclasses.Field[Any], value: object) -> None:
@@ -143,6 +181,21 @@ class Quantizer(ABC):
     def train_passes(self, config: Any) -> float:
         """Forward passes over the calibration tokens that `train` costs, for the estimate."""
         return 0.0
+
+    def plan(self, model: LoadedModel, ids: Tensor | None, config: Any, step: Step) -> Any:
+        """What `quantize_block` receives as its config, decided on the whole original model.
+
+        Called once, before anything is changed; must leave `model` as it is. ids: int64 [pieces,
+        length], None without calibration; `step` takes (done, total). Raises: MethodError,
+        ConfigError for a config that does not fit this model.
+        """
+        return config
+
+    def report(
+        self, model: LoadedModel, plan: Any, packed: Mapping[str, PackedWeight]
+    ) -> dict[str, Any]:
+        """What the record keeps of the plan (plain JSON); `model` is quantized by now."""
+        return {}
 
     def quantize_outer(
         self, weight: Tensor, kind: str, tied_head: bool, config: Any

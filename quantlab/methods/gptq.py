@@ -28,7 +28,7 @@ LAZY_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class GPTQConfig(base.Config):
+class GPTQConfig(base.WeightConfig):
     bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=8)
     group_size: int = base.option(
         64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="128"

@@ -20,7 +20,7 @@ from quantlab.packing import AffineWeight, PackedWeight, affine
 
 
 @dataclass(frozen=True)
-class RTNConfig(base.Config):
+class RTNConfig(base.WeightConfig):
     bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=8)
     granularity: str = base.option(
         "group",

@@ -29,7 +29,7 @@ ALPHAS = tuple(round(0.3 + 0.05 * step, 2) for step in range(13))
 
 
 @dataclass(frozen=True)
-class SmoothQuantConfig(base.Config):
+class SmoothQuantConfig(base.WeightConfig):
     bits: int = base.option(8, "Bits", "Bits of weights and activations.", choices=(8,))
     activations: str = base.option(
         "static",

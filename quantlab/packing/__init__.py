@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from quantlab.packing.affine import Activation, AffineWeight, affine
+from quantlab.packing.affine import Activation, AffineWeight, affine, affine_nbytes
 from quantlab.packing.base import PackedWeight
 from quantlab.packing.bits import pack_bits, packed_width, unpack_bits
 from quantlab.packing.codebook import CodebookWeight, codebook_weight
@@ -22,6 +22,7 @@ __all__ = [
     "OutlierWeight",
     "PackedWeight",
     "affine",
+    "affine_nbytes",
     "codebook_weight",
     "describe",
     "pack_bits",

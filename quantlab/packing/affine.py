@@ -115,3 +115,10 @@ def affine(
         columns=codes.shape[1],
         activation=activation,
     )
+
+
+def affine_nbytes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool) -> int:
+    """Bytes of an AffineWeight with float16 scales and a grid a row and group, before it exists."""
+    groups = -(-columns // group_size)
+    zeros = 0 if symmetric else packed_width(groups, bits)
+    return rows * (packed_width(columns, bits) + 2 * groups + zeros)

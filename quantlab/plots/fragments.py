@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -94,10 +95,30 @@ def details(record: ResultRecord, say: Words) -> list[tuple[str, str]]:
         (say("detail_perplexity_ci"), interval(record.perplexity_ci, numbers.perplexity)),
         (say("detail_kl_ci"), interval(record.kl_divergence_ci, numbers.divergence)),
     ]
+    rows += allocation(record, say)
     rows += [(key.replace("_", " "), _plain(value)) for key, value in record.config.items()]
     rows += [(say("badge_fallback"), fallback) for fallback in record.fallbacks]
     if record.artifact:
         rows.append((say("detail_artifact"), record.artifact))
+    return rows
+
+
+def allocation(record: ResultRecord, say: Words) -> list[tuple[str, str]]:
+    """Mixed precision: what was predicted of the chosen widths and what came of them."""
+    found = record.details.get("allocation")
+    if not found:
+        return []
+    predicted, measured = found["predicted_bits_per_weight"], found["measured_bits_per_weight"]
+    rows = [(say("detail_allocation_size"), f"{predicted:.4f} / {measured:.4f}")]
+    if "predicted_kl_divergence" in found:
+        both = [found["predicted_kl_divergence"], found["measured_kl_divergence"]]
+        name = say("detail_allocation_kl", tokens=f"{found['tokens']:,}")
+        rows.append((name, " / ".join(map(numbers.divergence, both))))
+        how = say("detail_allocation_how", bits=found["measured_at_bits"])
+        rows.append((say("detail_allocation_method"), how))
+    counts = Counter(found["bits"].values())
+    widths = [say("detail_allocation_one", bits=b, count=counts[b]) for b in sorted(counts)]
+    rows.append((say("detail_allocation_widths"), ", ".join(widths)))
     return rows
 
 

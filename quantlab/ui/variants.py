@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from quantlab.errors import ConfigError
 from quantlab.methods import METHODS, configure, parse_variant
+from quantlab.methods.base import SHARED_OPTIONS
 from quantlab.plots import palette
 from quantlab.plots.templates import render
 from quantlab.plots.words import Words
@@ -150,12 +151,13 @@ def default_of(field: dataclasses.Field[Any]) -> OptionValue | None:
 
 
 def option_fields(method: str) -> list[dataclasses.Field[Any]]:
-    """The options of a method that can be changed, in the order of its Config."""
-    return [
+    """The options of a method that can be changed, its own before those that all methods share."""
+    found = [
         field
         for field in dataclasses.fields(METHODS[method].Config)
         if field.name not in IDENTITY and field.metadata
     ]
+    return sorted(found, key=lambda field: field.name in SHARED_OPTIONS)
 
 
 def limits(field: dataclasses.Field[Any]) -> str:

@@ -48,6 +48,8 @@ SPECS = [
         "static_int8:8:observer=mse", "onnx_int8:8:per_channel=true",
         "gguf:q8_0", "gguf:q4_0", "gguf:q6_k",
         "nf4:4:block_size=32:double_quant=false", "fp4:4:block_size=4096", "llm_int8:8:threshold=0",
+        "mixed:arithmetic=awq", "mixed:arithmetic=rtn:preset=all-4",
+        "mixed:arithmetic=awq:pattern=*.q_proj=3;*.down_proj=5", "gptq:4:embedding_bits=8:head_bits=4",
     )
 ]  # fmt: skip
 GROUP = 32
