@@ -28,7 +28,10 @@ def quantize_blocks(
     ids: int64 [pieces, length], the calibration tokens, for methods that need statistics. Returns
     the packed weights by the linears' full paths. Raises: MethodError.
     """
-    runner = BlockRunner(model, ids) if method.needs and ids is not None else None
+    needs = method.needs_for(config)
+    runner = None
+    if needs and ids is not None:
+        runner = BlockRunner(model, ids, original="cross_moment" in needs)
     count = len(block_list(model.module, model.family))
     packed: dict[str, PackedWeight] = {}
     for index in range(count):
@@ -39,10 +42,10 @@ def quantize_blocks(
                 raise MethodError(f"block {index}: the weights of {path} are not finite")
         stats: dict[str, ActStats] = {}
         if runner is not None:
-            stats = dict(runner.collect(block, method.needs))
+            stats = dict(runner.collect(block, needs, advance=not method.sees_error))
         weights = method.quantize_block(block, stats, config)
         install(block, weights)
-        if runner is not None and index < count - 1:
+        if runner is not None and method.sees_error and index < count - 1:
             runner.advance(block)
         for path, weight in weights.items():
             packed[f"{model.family.blocks}.{index}.{path}"] = weight

@@ -95,7 +95,9 @@ class Quantizer(ABC):
     """A method: names, what it needs, and the arithmetic on one block.
 
     `bits` lists the bit widths a person can ask for (empty: the method has none to choose).
-    `needs` lists the activation statistics `quantize_block` reads; none means no calibration.
+    `needs` lists the activation statistics `quantize_block` reads; none means no calibration. A
+    method whose options change that overrides `needs_for`, which is what everyone else asks.
+    `sees_error` false: they are those of the unquantized model, at one forward pass instead of two.
     """
 
     name: ClassVar[str]
@@ -105,6 +107,7 @@ class Quantizer(ABC):
     bits: ClassVar[tuple[int, ...]] = ()
     needs: ClassVar[tuple[StatKind, ...]] = ()
     quantizes: ClassVar[bool] = True
+    sees_error: ClassVar[bool] = True
     Config: ClassVar[type[Config]]
 
     @abstractmethod
@@ -126,6 +129,10 @@ class Quantizer(ABC):
         weight: float [rows, columns]; `tied_head` says that the embedding serves as head too.
         """
         return None
+
+    def needs_for(self, config: Any) -> tuple[StatKind, ...]:
+        """The statistics `quantize_block` reads with this `config`."""
+        return self.needs
 
     def weight_bits(self, config: Any) -> int:
         """Nominal bits a weight, without scales."""
