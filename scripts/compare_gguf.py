@@ -24,14 +24,23 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from quantlab.blockwise import quantize_blocks, quantize_outer  # noqa: E402
-from quantlab.calibration import BlockRunner  # noqa: E402
+from quantlab.blockwise import quantize_outer  # noqa: E402
+from quantlab.calibration import ActStats, BlockRunner  # noqa: E402
 from quantlab.environment import default_threads, machine  # noqa: E402
 from quantlab.export import gguf  # noqa: E402
 from quantlab.ggml.mixes import FILE_TYPES  # noqa: E402
-from quantlab.methods import METHODS, configure, parse_variant  # noqa: E402
+from quantlab.methods import METHODS  # noqa: E402
+from quantlab.methods.gguf import GGUFConfig  # noqa: E402
 from quantlab.metrics.quality import measure_quality, reference_states  # noqa: E402
-from quantlab.models import LoadedModel, ModelSource, get_block, load, locate  # noqa: E402
+from quantlab.models import (  # noqa: E402
+    Block,
+    LoadedModel,
+    ModelSource,
+    block_list,
+    get_block,
+    load,
+    locate,
+)
 from quantlab.runners import LlamaCppRunner  # noqa: E402
 from quantlab.texts import tokenize  # noqa: E402
 from quantlab.types import ignore  # noqa: E402
@@ -79,13 +88,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        original = ours(source, "f32", False, None, folder / "f32.gguf")
+        original = ours(source, "f32", None, folder / "f32.gguf")
         importance = importance_of(model, ids) if arguments.weighed else {}
         del model
         for type, imatrix in chosen(arguments):
-            mine = ours(source, type, imatrix, ids, folder / "ours.gguf")
+            weighed = importance if imatrix else None
+            mine = ours(source, type, weighed, folder / "ours.gguf")
             theirs = folder / "theirs.gguf"
-            llama_quantize(original, theirs, type, importance if imatrix else None)
+            llama_quantize(original, theirs, type, weighed)
             different = differing_tensors(mine, theirs)
             figures = measured(mine)
             note = f"{len(different)} tensors differ" if different else "the same bytes in both"
@@ -128,24 +138,37 @@ def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, bool]]:
         )
 
 
-def ours(source: ModelSource, type: str, imatrix: bool, ids: Tensor | None, path: Path) -> Path:
-    """QuantLab's file of this type."""
-    model, method = load(source), METHODS["gguf"]
-    config = configure(parse_variant(f"gguf:{type}:imatrix={str(imatrix).lower()}"))
-    packed = quantize_blocks(model, method, config, ids, lambda done, total: None)
+@torch.no_grad()
+def ours(
+    source: ModelSource, type: str, importance: Mapping[str, Tensor] | None, path: Path
+) -> Path:
+    """QuantLab's file of this type; `quantize_blocks` without measuring the importance again."""
+    model, method, packed = load(source), METHODS["gguf"], {}
+    config = GGUFConfig(type=type, imatrix=importance is not None)
+    for index in range(len(block_list(model.module, model.family))):
+        block = get_block(model.module, model.family, index)
+        stats = {
+            linear: ActStats(0, mean_square=importance[tensor_name(block, linear)])
+            for linear in (block.linears if importance is not None else ())
+        }
+        for linear, weight in method.quantize_block(block, stats, config).items():
+            packed[f"{model.family.blocks}.{index}.{linear}"] = weight
     return gguf.write(path, model, packed, quantize_outer(model, method, config), type)
+
+
+def tensor_name(block: Block, path: str) -> str:
+    return f"blk.{block.index}.{block.kinds[path]}.weight"
 
 
 @torch.no_grad()
 def importance_of(model: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
     """Mean square of each matrix's inputs in the unquantized model, by its name in the file."""
     runner, found = BlockRunner(model, ids), {}
-    block = get_block(model.module, model.family, 0)
-    for index in range(block.count):
+    for index in range(len(block_list(model.module, model.family))):
         block = get_block(model.module, model.family, index)
         for path, stats in runner.collect(block, ["square"], advance=True).items():
             assert stats.mean_square is not None
-            found[f"blk.{index}.{block.kinds[path]}.weight"] = stats.mean_square
+            found[tensor_name(block, path)] = stats.mean_square
     return found
 
 
