@@ -26,7 +26,10 @@ def quantize_blocks(
     may be what the method's `plan` made of its config. Returns the packed weights by the linears'
     full paths. Raises: MethodError.
     """
-    runner = BlockRunner(model, ids) if method.needs and ids is not None else None
+    needs = method.needs_for(config)
+    runner = None
+    if needs and ids is not None:
+        runner = BlockRunner(model, ids, original="cross_moment" in needs)
     count = len(block_list(model.module, model.family))
     packed: dict[str, PackedWeight] = {}
     for index in range(count):
@@ -35,10 +38,10 @@ def quantize_blocks(
         check_finite(block)
         stats: dict[str, ActStats] = {}
         if runner is not None:
-            stats = dict(runner.collect(block, method.needs))
+            stats = dict(runner.collect(block, needs, advance=not method.sees_error))
         weights = method.quantize_block(block, stats, config)
         install(block, weights)
-        if runner is not None and index < count - 1:
+        if runner is not None and method.sees_error and index < count - 1:
             runner.advance(block)
         for path, weight in weights.items():
             packed[f"{model.family.blocks}.{index}.{path}"] = weight

@@ -7,7 +7,7 @@ of a linear; linears that read the same tensor (q, k, v; gate, up) share one com
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from quantlab.models import Block, LoadedModel, block_list
 from quantlab.observers import count_values
 from quantlab.texts import calibration_autocast
 
-StatKind = Literal["second_moment", "range", "mean", "sample", "histogram"]
+StatKind = Literal[
+    "second_moment", "range", "mean", "sample", "square", "cross_moment", "histogram"
+]
 SAMPLE_ROWS = 256
 
 
@@ -33,6 +35,10 @@ class ActStats:
     sample: float32 [up to 256, columns], evenly spaced rows ('sample').
     histogram: int64 [65536], how often x rounds to each bfloat16 number, all channels together
         ('histogram'; `quantlab.observers.bin_values` are the numbers).
+    mean_square: float32 [columns], mean x^2 of each channel: the diagonal of `second_moment`
+    without the cost of the rest ('square').
+    cross_moment: float32 [columns, columns], mean of y x^T, where y is what the linear reads in the
+    unquantized model at the same token: row j belongs to y_j, column i to x_i.
     """
 
     tokens: int
@@ -42,6 +48,8 @@ class ActStats:
     mean_abs: Tensor | None = None
     sample: Tensor | None = None
     histogram: Tensor | None = None
+    mean_square: Tensor | None = None
+    cross_moment: Tensor | None = None
 
     @property
     def max_abs(self) -> Tensor:
@@ -63,8 +71,11 @@ class _Accumulator:
         self.total: Tensor | None = None
         self.rows: list[Tensor] = []
         self.counts: Tensor | None = None
+        self.squares: Tensor | None = None
+        self.cross: Tensor | None = None
 
-    def add(self, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor, original: Tensor | None) -> None:
+        """`original`: the same tokens' input in the unquantized model, for 'cross_moment'."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if "second_moment" in self.kinds:
             if self.square is None:
@@ -84,6 +95,15 @@ class _Accumulator:
         if "histogram" in self.kinds:
             counts = count_values(x)
             self.counts = counts if self.counts is None else self.counts.add_(counts)
+        if "square" in self.kinds:
+            squares = x.square().sum(0)
+            self.squares = squares if self.squares is None else self.squares + squares
+        if original is not None:
+            y = original.detach().reshape(-1, x.shape[1]).float()
+            if self.cross is None:
+                self.cross = x.new_zeros(x.shape[1], x.shape[1])
+            with torch.autocast("cpu", enabled=False):
+                self.cross.addmm_(y.t(), x)
         self.tokens += x.shape[0]
 
     def result(self) -> ActStats:
@@ -95,6 +115,8 @@ class _Accumulator:
             mean_abs=None if self.total is None else self.total / self.tokens,
             sample=torch.cat(self.rows) if self.rows else None,
             histogram=self.counts,
+            mean_square=None if self.squares is None else self.squares / self.tokens,
+            cross_moment=None if self.cross is None else self.cross / self.tokens,
         )
 
 
@@ -106,10 +128,13 @@ class BlockRunner:
     """Streams the calibration tokens through the model block by block.
 
     Holds the hidden states before the current block (float32 [pieces, length, width], in batches)
-    and what transformers passes to each block besides them.
+    and what transformers passes to each block besides them. With `original`, a second stream runs
+    beside it that no quantized block touches: for 'cross_moment', at one more forward pass.
     """
 
-    def __init__(self, model: LoadedModel, ids: Tensor, batch_tokens: int = 4096) -> None:
+    def __init__(
+        self, model: LoadedModel, ids: Tensor, batch_tokens: int = 4096, *, original: bool = False
+    ) -> None:
         per_batch = max(batch_tokens // ids.shape[1], 1)
         self.tokens = ids.numel()
         self._blocks = block_list(model.module, model.family)
@@ -122,6 +147,8 @@ class BlockRunner:
         self._sizes = {batch.shape[0] for batch in batches}
         self._by_size = {size: self._block_keywords(base, batches, size) for size in self._sizes}
         self.hidden = [self._first_input(base, batch) for batch in batches]
+        self.original = list(self.hidden) if original else None
+        self._original_outputs: list[Tensor] = []
 
     @torch.no_grad()
     def _block_keywords(
@@ -163,22 +190,48 @@ class BlockRunner:
             handle.remove()
         return found[0].float().clone()
 
-    def run(self, block: Block, hidden: Tensor) -> Tensor:
-        """The block's output for one batch of `hidden`; gradients flow where they are enabled."""
+    def run(
+        self, block: Block, hidden: Tensor, hook: Callable[[str, Tensor], None] | None = None
+    ) -> Tensor:
+        """The block's output for one batch of `hidden`; gradients flow where they are enabled.
+
+        `hook` is called with the path and the input of each linear.
+        """
         keywords = self._by_size[hidden.shape[0]][block.index]
-        with calibration_autocast():
-            output = block.module(hidden, **keywords)
+        handles = []
+        for path, linear in block.linears.items() if hook is not None else ():
+
+            def listen(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                assert hook is not None
+                hook(path, args[0])
+
+            handles.append(linear.register_forward_pre_hook(listen))
+        try:
+            with calibration_autocast():
+                output = block.module(hidden, **keywords)
+        finally:
+            for handle in handles:
+                handle.remove()
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
     @torch.no_grad()
-    def collect(self, block: Block, kinds: Iterable[StatKind]) -> Mapping[str, ActStats]:
-        """Statistics of every linear's input, by the linear's path; the hidden states stay."""
+    def collect(
+        self, block: Block, kinds: Iterable[StatKind], *, advance: bool = False
+    ) -> Mapping[str, ActStats]:
+        """Statistics of every linear's input, by the linear's path; the hidden states stay, or with
+        `advance` become the output of this same pass.
+
+        The block must be unquantized still. Raises: ModelError for a linear that never runs.
+        """
         wanted = frozenset(kinds)
+        beside = self.original if "cross_moment" in wanted else None
+        assert beside is not None or "cross_moment" not in wanted, "needs original=True"
         stride = -(-self.tokens // SAMPLE_ROWS)
         sums: dict[str, _Accumulator] = {}
         leader: dict[str, str] = {}
         current: list[tuple[Tensor, str]] = []
+        originals: dict[str, Tensor] = {}
 
         def hook(path: str, inputs: Tensor) -> None:
             for tensor, first in current:
@@ -187,19 +240,20 @@ class BlockRunner:
                     return
             current.append((inputs, path))
             leader[path] = path
-            sums.setdefault(path, _Accumulator(wanted, stride)).add(inputs)
+            sums.setdefault(path, _Accumulator(wanted, stride)).add(inputs, originals.get(path))
 
-        handles = [
-            linear.register_forward_pre_hook(lambda module, args, path=path: hook(path, args[0]))
-            for path, linear in block.linears.items()
-        ]
-        try:
-            for hidden in self.hidden:
-                current.clear()
-                self.run(block, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
+        outputs, original_outputs = [], []
+        for index, hidden in enumerate(self.hidden):
+            if beside is not None:
+                output = self.run(block, beside[index], originals.__setitem__)
+                original_outputs.append(output.float())
+            current.clear()
+            output = self.run(block, hidden, hook)
+            if advance:
+                outputs.append(output.float())
+        self._original_outputs = original_outputs
+        if advance:
+            self.hidden = outputs
         if unused := block.linears.keys() - leader.keys():
             raise ModelError(f"block {block.index} never calls {min(unused)}: not supported")
         done = {path: accumulator.result() for path, accumulator in sums.items()}
@@ -207,5 +261,8 @@ class BlockRunner:
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
-        """Replace the hidden states by the block's output, as the block is now (quantized)."""
+        """Replace the hidden states by the block's output, as the block is now (quantized); the
+        original stream goes on with what `collect` saw the unquantized block answer."""
+        if self.original is not None and self._original_outputs:
+            self.original, self._original_outputs = self._original_outputs, []
         self.hidden = [self.run(block, hidden).float() for hidden in self.hidden]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quantlab.environment import default_threads
-from quantlab.methods import METHODS
+from quantlab.methods import METHODS, configure
 from quantlab.models import CATALOGUE
 from quantlab.texts import fast_bfloat16
 from quantlab.types import Estimate, RunSpec
@@ -73,8 +73,10 @@ def estimate(spec: RunSpec) -> Estimate:
         seconds += (
             len(spec.prompts) * spec.max_new_tokens * 2 * parameters / DECODE_BYTES_PER_SECOND
         )
-        if method.needs:
-            seconds += 2 * forward * spec.calibration_tokens / (half * EFFICIENCY)
-        if "second_moment" in method.needs:
+        needs = method.needs_for(configure(variant, spec.group_size))
+        if needs:
+            passes = 1 + method.sees_error + ("cross_moment" in needs)
+            seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY)
+        if "second_moment" in needs:
             seconds += SECOND_MOMENT_COST * forward * spec.calibration_tokens / single
     return Estimate(seconds, int(4 * parameters * 2 + 1.2e9), "")

@@ -84,9 +84,14 @@ def validate(spec: RunSpec) -> None:
         )
     resolve_device(spec.device)
     check_text(spec.text, "evaluation", spec.window)
-    if any(METHODS[variant.method].needs for variant in spec.variants):
+    if any(needs_calibration(variant, spec) for variant in spec.variants):
         check_text(spec.calibration, "calibration", spec.calibration_length)
     locate(spec.model, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
+
+
+def needs_calibration(variant: VariantSpec, spec: RunSpec) -> bool:
+    """Whether this variant, with these options, reads calibration text."""
+    return bool(METHODS[variant.method].needs_for(configure(variant, spec.group_size)))
 
 
 def environment(spec: RunSpec) -> dict[str, Any]:
@@ -194,7 +199,7 @@ def _prepare(spec: RunSpec, store: Store, emit: Emit) -> _Setting:
     limit = getattr(model.module.config, "max_position_embeddings", None)
     _check_window(spec.window, text.bos, limit)
     reference = reference_states(model, windows, text.bos, emit)
-    needed = any(METHODS[variant.method].needs for variant in spec.variants)
+    needed = any(needs_calibration(variant, spec) for variant in spec.variants)
     # Only the head of the original stays in memory from here on.
     return _Setting(
         spec,
@@ -253,7 +258,7 @@ def _measure(
 ) -> ResultRecord:
     spec, store = setting.spec, setting.store
     described = dict(blank.environment)
-    calibration = setting.calibration if METHODS[variant.method].needs else None
+    calibration = setting.calibration if needs_calibration(variant, spec) else None
     if calibration is not None:
         described["calibration"] = calibration.to_json()
     artifact = keys.artifact_key(
@@ -346,7 +351,7 @@ def quantize(
         spec.model, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code
     )
     ids = None
-    if METHODS[variant.method].needs:
+    if needs_calibration(variant, spec):
         ids = _calibration(load(source, allow_pickle=spec.allow_pickle), spec, emit).ids
     with storage_errors(out), tempfile.TemporaryDirectory(dir=writable_parent(out)) as folder:
         prepared = prepare_variant(variant, source, ids, Path(folder) / "new", spec, Meter(emit, 1))

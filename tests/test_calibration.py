@@ -64,7 +64,7 @@ def test_statistics_are_those_of_the_whole_data(name: str, pieces: int, per_batc
     """Also where the last batch is smaller than the others."""
     model, ids = tiny(name, seed=1), token_ids(pieces, LENGTH)
     inputs, outputs = naive(model, ids)
-    runner = BlockRunner(model, ids, batch_tokens=per_batch * LENGTH)
+    runner = BlockRunner(model, ids, batch_tokens=per_batch * LENGTH, original=True)
     for index in range(2):
         block = block_of(model, index)
         stats = runner.collect(block, KINDS)
@@ -79,6 +79,8 @@ def test_statistics_are_those_of_the_whole_data(name: str, pieces: int, per_batc
             near(stat.max_abs, x.abs().amax(0), size)
             near(stat.mean_abs, x.abs().mean(0), size)
             near(stat.sample, x, size)  # fewer than 256 tokens: all of them
+            near(stat.mean_square, x.square().mean(0), size**2)
+            near(stat.cross_moment, x.T @ x / len(x), size**2)  # nothing is quantized yet
         runner.advance(block)
         near(torch.cat(runner.hidden), outputs[index], float(outputs[index].abs().max()))
 
@@ -137,7 +139,8 @@ def test_samples_are_evenly_spaced_over_all_batches(pieces: int, length: int) ->
 )
 def test_linears_with_one_input_share_one_object(name: str, groups: list[int]) -> None:
     model = tiny(name)
-    stats = BlockRunner(model, token_ids(3, 16), 32).collect(block_of(model), KINDS)
+    runner = BlockRunner(model, token_ids(3, 16), 32, original=True)
+    stats = runner.collect(block_of(model), KINDS)
     shared: dict[int, list[str]] = {}
     for path, stat in stats.items():
         shared.setdefault(id(stat), []).append(path)
@@ -150,21 +153,25 @@ def test_linears_with_one_input_share_one_object(name: str, groups: list[int]) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_asked_for_is_kept(kind: StatKind) -> None:
     model = tiny()
-    stats = BlockRunner(model, token_ids(2, 16)).collect(block_of(model), [kind])
-    fields = {"second_moment", "low", "high", "mean_abs", "sample", "histogram"}
-    wanted = {"range": {"low", "high"}, "mean": {"mean_abs"}}.get(kind, {kind})
+    runner = BlockRunner(model, token_ids(2, 16), original=True)
+    stats = runner.collect(block_of(model), [kind])
+    fields = {field.name for field in dataclasses.fields(ActStats)} - {"tokens"}
+    wanted = {"range": {"low", "high"}, "mean": {"mean_abs"}, "square": {"mean_square"}}.get(
+        kind, {kind}
+    )
     for stat in stats.values():
         assert {field for field in fields if getattr(stat, field) is not None} == wanted
 
 
 def test_collecting_changes_nothing() -> None:
     model = tiny()
-    runner = BlockRunner(model, token_ids(3, 16), 32)
+    runner = BlockRunner(model, token_ids(3, 16), 32, original=True)
     before = [hidden.clone() for hidden in runner.hidden]
     first = runner.collect(block_of(model), KINDS)
     again = runner.collect(block_of(model), KINDS)
     for path, stat in first.items():
         assert torch.equal(stat.second_moment, again[path].second_moment)
+        assert torch.equal(stat.cross_moment, again[path].cross_moment)
     assert all(torch.equal(a, b) for a, b in zip(before, runner.hidden, strict=True))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.module.modules())
 
@@ -184,13 +191,55 @@ def test_later_blocks_see_what_was_done_to_earlier_ones() -> None:
     assert float((wanted - untouched[path].abs().mean(0)).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_cross_moments_pair_both_streams_at_every_token(name: str) -> None:
+    """Two blocks are changed one after the other: the original stream must pass both as they
+    were, the other one as they are."""
+    model, ids = tiny(name, seed=2, blocks=3), token_ids(5, LENGTH)
+    untouched, _ = naive(model, ids)
+    runner = BlockRunner(model, ids, 2 * LENGTH, original=True)
+    for index in range(3):
+        block = block_of(model, index)
+        stats = runner.collect(block, ["cross_moment", "second_moment"])
+        seen, _ = naive(model, ids)
+        for path, stat in stats.items():
+            full = f"{model.family.blocks}.{index}.{path}"
+            x, y = seen[full], untouched[full]
+            size = float(x.abs().max() * y.abs().max())
+            near(stat.cross_moment, y.T @ x / len(x), size)
+            assert stat.cross_moment is not None
+            assert stat.second_moment is not None
+            apart = float((stat.cross_moment - stat.second_moment).abs().max())
+            assert apart > 1e-3 * size if index else apart < 1e-5 * size
+        for linear in block.linears.values():
+            linear.weight.mul_(1.3)
+        runner.advance(block)
+
+
+def test_one_pass_can_collect_and_advance() -> None:
+    model, ids = tiny(seed=2), token_ids(5, LENGTH)
+    both, apart = (BlockRunner(model, ids, 2 * LENGTH) for _ in range(2))
+    stats = both.collect(block_of(model), ["square"], advance=True)
+    assert both.tokens == stats["mlp.down_proj"].tokens == ids.numel()
+    apart.advance(block_of(model))
+    assert all(torch.equal(a, b) for a, b in zip(both.hidden, apart.hidden, strict=True))
+
+
+def test_cross_moments_need_the_original_stream() -> None:
+    with pytest.raises(AssertionError, match="original=True"):
+        BlockRunner(tiny(), token_ids(2, 16)).collect(block_of(tiny()), ["cross_moment"])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_show_in_every_statistic(bad: float) -> None:
     model = tiny()
     model.module.model.layers[0].input_layernorm.weight[5] = bad
-    stats = BlockRunner(model, token_ids(2, 16)).collect(block_of(model), KINDS)
-    stat = stats["self_attn.q_proj"]
-    for tensor in (stat.second_moment, stat.max_abs, stat.mean_abs, stat.sample):
+    runner = BlockRunner(model, token_ids(2, 16), original=True)
+    stat = runner.collect(block_of(model), KINDS)["self_attn.q_proj"]
+    for tensor in (
+        stat.second_moment, stat.max_abs, stat.mean_abs, stat.sample, stat.mean_square,
+        stat.cross_moment,
+    ):  # fmt: skip
         assert tensor is not None
         assert not bool(torch.isfinite(tensor).all())
 
@@ -201,7 +250,7 @@ def test_bfloat16_products_stay_close(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantlab.texts.fast_bfloat16", lambda: True)
     model, ids = tiny(seed=1), token_ids(5, LENGTH)
     inputs, _ = naive(model, ids)
-    runner = BlockRunner(model, ids, 2 * LENGTH)
+    runner = BlockRunner(model, ids, 2 * LENGTH, original=True)
     for index in range(2):
         block = block_of(model, index)
         for path, stat in runner.collect(block, KINDS).items():

@@ -15,6 +15,7 @@ from quantlab import pipeline
 from quantlab.errors import ConfigError, MethodError, ModelError, TextError
 from quantlab.methods import METHODS, parse_variants
 from quantlab.models import load
+from quantlab.results import ResultRecord
 from quantlab.store import Store
 from quantlab.texts import tokenize
 from quantlab.types import Event, Notice, OutputDelta, Progress, RunSpec, VariantFinished
@@ -254,6 +255,31 @@ def test_a_text_shorter_than_one_window_is_refused(
     text.write_text("the the the the " * 6, encoding="utf-8")
     with pytest.raises(TextError, match="one window takes 64"):
         pipeline.compare(spec_for(folder, "rtn:4", text=str(text)), store=Store())
+
+
+def test_only_an_importance_matrix_makes_gguf_depend_on_calibration(
+    home: Path, folder: Path, tmp_path: Path
+) -> None:
+    """With another calibration text the plain file is the same artifact and the weighed one is not;
+    the text is read, and named in the record, only where it is used."""
+    other = tmp_path / "other.txt"
+    other.write_text("Seven ships sailed west at dawn, and none of them came back. " * 200)
+
+    def run(methods: str, calibration: Path | str) -> list[ResultRecord]:
+        spec = spec_for(folder, methods, prompts=(), calibration=str(calibration))
+        return pipeline.compare(spec, store=Store())
+
+    first = run("gguf:q4_0,gguf:q4_0:imatrix=true", "project")
+    second = run("gguf:q4_0,gguf:q4_0:imatrix=true", other)
+    assert [record.error for record in first + second] == [None] * 4
+    assert ["calibration" in record.environment for record in first] == [False, True]
+    assert first[0].artifact == second[0].artifact
+    assert second[0].cached
+    assert len({first[0].artifact, first[1].artifact, second[1].artifact}) == 3
+    assert not second[1].cached
+    run("gguf:q4_0", tmp_path / "missing.txt")
+    with pytest.raises(TextError, match="missing"):
+        run("gguf:q4_0:imatrix=true", tmp_path / "missing.txt")
 
 
 def test_answers_of_an_earlier_run_come_from_its_artifacts(home: Path, folder: Path) -> None:

@@ -140,7 +140,9 @@ class Quantizer(ABC):
     """A method: names, what it needs, and the arithmetic on one block.
 
     `bits` lists the bit widths a person can ask for (empty: the method has none to choose).
-    `needs` lists the activation statistics `quantize_block` reads; none means no calibration.
+    `needs` lists the activation statistics `quantize_block` reads; none means no calibration. A
+    method whose options change that overrides `needs_for`, which is what everyone else asks.
+    `sees_error` false: they are those of the unquantized model, at one forward pass instead of two.
     `trains` says that the weights come from `train`, which takes long and can be gone on with after
     it was stopped; `quantize_block` is then what such a method gives without any training.
     """
@@ -153,6 +155,7 @@ class Quantizer(ABC):
     needs: ClassVar[tuple[StatKind, ...]] = ()
     quantizes: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    sees_error: ClassVar[bool] = True
     Config: ClassVar[type[Config]]
 
     @abstractmethod
@@ -205,6 +208,10 @@ class Quantizer(ABC):
         weight: float [rows, columns]; `tied_head` says that the embedding serves as head too.
         """
         return None
+
+    def needs_for(self, config: Any) -> tuple[StatKind, ...]:
+        """The statistics `quantize_block` reads with this `config`."""
+        return self.needs
 
     def weight_bits(self, config: Any) -> int:
         """Nominal bits a weight, without scales."""

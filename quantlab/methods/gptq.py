@@ -6,6 +6,18 @@ second moment of x. Fixing column j at its rounded value and minimising over the
     d_later = -(w_j - q_j) / U_jj * U_j,later        U = upper Cholesky factor of H^-1
 
 Source: Frantar et al. 2022, arXiv 2210.17323, section 3 and algorithm 1 (lazy blocks, Cholesky).
+
+Asymmetric calibration (GPTAQ) aims at the output that the unquantized model has at this place: its
+linear reads y where this one, behind quantized blocks, reads x. Of
+
+    q x - w y = (q - w) x - w (y - x)
+
+column j owes the part  w_j (y_j - x_j),  and the columns F after it answer for it best with
+
+    d_F = w_j E[(y_j - x_j) x_F^T] (H_FF)^-1 = w_j P_jF        P = triu((C - H) U^T, 1) U
+
+where C = E[y x^T] and (H_FF)^-1 = U_FF^T U_FF.
+Source: Li et al. 2025, arXiv 2504.02692, section 4 and algorithm 1.
 The weight is worked on transposed, so that a column is contiguous in memory.
 """
 
@@ -17,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.calibration import ActStats
+from quantlab.calibration import ActStats, StatKind
 from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import find_grid, spread
 from quantlab.methods import base
@@ -61,9 +73,34 @@ class GPTQConfig(base.WeightConfig):
         step=0.01,
         paper="0.01",
     )
+    damping: str = base.option(
+        "mean",
+        "Damping spread",
+        "'mean' adds the same to every channel; 'channel' a share of each channel's own size, "
+        "which a few massive activations cannot swamp.",
+        choices=("mean", "channel"),
+        paper="mean",
+    )
+    gptaq: bool = base.option(
+        False,
+        "Asymmetric calibration",
+        "Aim at what the unquantized model computes here, not at this layer's own output behind "
+        "the quantized blocks (GPTAQ); takes a third forward pass.",
+    )
+    gptaq_strength: float = base.option(
+        0.25,
+        "Asymmetric strength",
+        "Share of GPTAQ's correction that is applied.",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.05,
+        paper="1; its authors' code 0.25",
+    )
 
     def validate(self) -> None:
         super().validate()
+        if self.gptaq and not self.static_groups:
+            raise ConfigError("gptaq=true needs static_groups=true")
         if self.act_order and not self.static_groups:
             raise ConfigError("act_order=true needs static_groups=true")
 
@@ -78,6 +115,9 @@ class GPTQ(base.Quantizer):
     needs = ("second_moment",)
     Config = GPTQConfig
 
+    def needs_for(self, config: GPTQConfig) -> tuple[StatKind, ...]:
+        return (*self.needs, "cross_moment") if config.gptaq else self.needs
+
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: GPTQConfig
     ) -> dict[str, PackedWeight]:
@@ -88,7 +128,7 @@ class GPTQ(base.Quantizer):
             moment = stats[paths[0]].second_moment
             assert moment is not None
             rows = [block.linears[path].weight.shape[0] for path in paths]
-            codes, scale, zero = gptq(weight, moment, config)
+            codes, scale, zero = gptq(weight, moment, config, stats[paths[0]].cross_moment)
             group = min(config.group_size, weight.shape[1])
             for path, c, s, z in zip(
                 paths, codes.split(rows), scale.split(rows), zero.split(rows), strict=True
@@ -106,14 +146,18 @@ def shared_inputs(stats: Mapping[str, ActStats]) -> list[list[str]]:
     return list(groups.values())
 
 
-def gptq(weight: Tensor, moment: Tensor, config: GPTQConfig) -> tuple[Tensor, Tensor, Tensor]:
+def gptq(
+    weight: Tensor, moment: Tensor, config: GPTQConfig, cross: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(codes uint8 [rows, columns], scale, zero float32 [rows, groups]) of one matrix.
 
-    weight: float32 [rows, columns]; moment: float32 [columns, columns], mean of x x^T.
-    Raises: MethodError when `moment` is not finite.
+    weight: float32 [rows, columns]; moment: float32 [columns, columns], mean of x x^T; cross: mean
+    of y x^T, needed and read only with `config.gptaq`.
+    Raises: MethodError when a moment is not finite.
     """
-    if not bool(torch.isfinite(moment).all()):
-        raise MethodError("gptq: the calibration activations are not finite")
+    for value in (moment, cross if config.gptaq else None):
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise MethodError("gptq: the calibration activations are not finite")
     columns = weight.shape[1]
     group = min(config.group_size, columns)
     dead = moment.diagonal() <= 0
@@ -121,7 +165,14 @@ def gptq(weight: Tensor, moment: Tensor, config: GPTQConfig) -> tuple[Tensor, Te
     order = torch.arange(columns)
     if config.act_order:
         order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    upper = inverse_factor(moment[order][:, order], dead[order], config.damp_percent)
+    upper = inverse_factor(
+        moment[order][:, order], dead[order], config.damp_percent, config.damping == "channel"
+    )
+    debt = None
+    if config.gptaq:
+        assert cross is not None
+        ahead = (cross - moment)[order][:, order] * config.gptaq_strength
+        debt = (ahead @ upper.t()).triu_(1) @ upper
 
     def grid(values: Tensor, first: int) -> tuple[Tensor, Tensor]:
         last = first + values.shape[1]
@@ -154,9 +205,9 @@ def gptq(weight: Tensor, moment: Tensor, config: GPTQConfig) -> tuple[Tensor, Te
                 # this lazy block have not seen the block's errors yet.
                 end = min(j + group, columns)
                 pending = upper[start:j, j:end].t() @ errors[: j - start]
-                ahead = work[j:end].clone()
-                ahead[stop - j :] -= pending[stop - j :]
-                s, z = grid(ahead.t().contiguous(), j)
+                seen = work[j:end].clone()
+                seen[stop - j :] -= pending[stop - j :]
+                s, z = grid(seen.t().contiguous(), j)
                 scale[:, j // group], zero[:, j // group] = s[:, 0], z[:, 0]
                 column_scale[j:end], column_zero[j:end] = s.t(), z.t()
             value = work[j]
@@ -166,24 +217,29 @@ def gptq(weight: Tensor, moment: Tensor, config: GPTQConfig) -> tuple[Tensor, Te
             error = (value - quantized) / upper[j, j]
             errors[j - start] = error
             work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
+            if debt is not None:
+                work[j + 1 : stop].addr_(debt[j, j + 1 : stop], value)
         work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
+        if debt is not None:  # rows start to stop hold the values that were rounded
+            work[stop:].addmm_(debt[start:stop, stop:].t(), work[start:stop])
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().to(torch.uint8), scale, zero
 
 
-def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float) -> Tensor:
+def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool = False) -> Tensor:
     """U, upper triangular float32 [columns, columns], with U^T U = (H + damping)^-1.
 
-    Damping starts at `damp_percent` of the mean diagonal and grows tenfold while the factorization
-    fails in float32. Raises: MethodError when it never succeeds.
+    Damping starts at `damp_percent` of the mean diagonal (with `own`, of each channel's entry) and
+    grows tenfold while the factorization fails in float32. Raises: MethodError when it never
+    succeeds.
     """
     moment = moment.clone()
     diagonal = moment.diagonal()
     diagonal[dead] = 1.0
     # Channels that never fire get weight 1 so that they decouple without upsetting the mean.
     mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.mean()
-    damping = damp_percent * mean
+    damping = damp_percent * (diagonal.clone() if own else mean)
     diagonal += damping
     for _ in range(4):
         lower, info = torch.linalg.cholesky_ex(moment)
@@ -194,5 +250,5 @@ def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float) -> Tensor:
             if int(info) == 0:
                 return upper
         diagonal += 9 * damping
-        damping *= 10
+        damping = damping * 10
     raise MethodError("gptq: H cannot be inverted; raise damp_percent or calibrate on more tokens")

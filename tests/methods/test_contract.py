@@ -31,7 +31,6 @@ from tests.tiny import FAMILIES, block_of, logits, recorded_inputs, tiny, token_
 pytestmark = pytest.mark.usefixtures("exact")
 
 QUANTIZING = [name for name, method in METHODS.items() if method.quantizes]
-CALIBRATED = [name for name in QUANTIZING if METHODS[name].needs]
 SPECS = [
     parse_variant(f"{name}:{bits}" if bits else name)
     for name in QUANTIZING
@@ -46,12 +45,21 @@ SPECS = [
         "smoothquant:8:search=false:alpha=-1", "dynamic_int8:8:activations=token",
         "dynamic_int8:8:per_channel=false", "static_int8:8:observer=percentile",
         "static_int8:8:observer=mse", "onnx_int8:8:per_channel=true",
-        "gguf:q8_0", "gguf:q4_0", "gguf:q6_k",
+        "gguf:q8_0", "gguf:q4_0", "gguf:q6_k", "gguf:q4_0:imatrix=true",
         "nf4:4:block_size=32:double_quant=false", "fp4:4:block_size=4096", "llm_int8:8:threshold=0",
         "mixed:arithmetic=awq", "mixed:arithmetic=rtn:preset=all-4",
         "mixed:arithmetic=awq:pattern=*.q_proj=3;*.down_proj=5", "gptq:4:embedding_bits=8:head_bits=4",
+        "gptq:4:gptaq=true", "gptq:4:damping=channel",
     )
 ]  # fmt: skip
+CALIBRATED = [
+    parse_variant(text)
+    for text in (
+        *(name for name in QUANTIZING if METHODS[name].needs),
+        "gguf:imatrix=true",
+        "gptq:gptaq=true",
+    )
+]
 GROUP = 32
 W8A8 = ("smoothquant", "dynamic_int8", "static_int8", "onnx_int8")
 IDS = token_ids(4, 24)
@@ -62,8 +70,9 @@ def config_of(spec: VariantSpec) -> Any:
 
 
 def statistics(model: LoadedModel, spec: VariantSpec) -> Mapping[str, ActStats]:
-    needs = METHODS[spec.method].needs
-    return BlockRunner(model, IDS).collect(block_of(model), needs) if needs else {}
+    needs = METHODS[spec.method].needs_for(config_of(spec))
+    runner = BlockRunner(model, IDS, original="cross_moment" in needs)
+    return runner.collect(block_of(model), needs) if needs else {}
 
 
 def quantize(model: LoadedModel, spec: VariantSpec) -> dict[str, PackedWeight]:
@@ -201,9 +210,9 @@ def test_dead_channels_and_constant_rows(spec: VariantSpec) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", CALIBRATED)
-def test_activations_that_are_not_finite_are_refused(name: str, bad: float) -> None:
-    model, spec = tiny("llama"), parse_variant(name)
+@pytest.mark.parametrize("spec", CALIBRATED, ids=lambda spec: spec.label)
+def test_activations_that_are_not_finite_are_refused(spec: VariantSpec, bad: float) -> None:
+    model = tiny("llama")
     stats = statistics(model, spec)
 
     def spoil(tensor: Tensor | None) -> Tensor | None:
@@ -218,26 +227,25 @@ def test_activations_that_are_not_finite_are_refused(name: str, bad: float) -> N
         for path, stat in stats.items()
     }
     with pytest.raises(MethodError, match="not finite"):
-        METHODS[name].quantize_block(block_of(model), spoilt, config_of(spec))
+        METHODS[spec.method].quantize_block(block_of(model), spoilt, config_of(spec))
 
 
 FIELDS = [field for field in dataclasses.fields(ActStats) if field.name != "tokens"]
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
-def test_every_statistic_asked_for_is_read(name: str) -> None:
+@pytest.mark.parametrize("spec", CALIBRATED, ids=lambda spec: spec.label)
+def test_every_statistic_asked_for_is_read(spec: VariantSpec) -> None:
     """Nothing is collected in vain: without any one of its needs, a method cannot work. (That it
     reads nothing else follows from all the other tests, which collect only what it needs.)"""
-    model, spec = tiny("llama"), parse_variant(name)
-    kinds = {"second_moment": ("second_moment",), "range": ("low", "high"),
-             "mean": ("mean_abs",), "sample": ("sample",), "histogram": ("histogram",)}  # fmt: skip
-    for kind in METHODS[name].needs:
+    model, method = tiny("llama"), METHODS[spec.method]
+    kinds = {"range": ("low", "high"), "mean": ("mean_abs",), "square": ("mean_square",)}
+    for kind in method.needs_for(config_of(spec)):
         without = {
-            path: dataclasses.replace(stat, **dict.fromkeys(kinds[kind]))
+            path: dataclasses.replace(stat, **dict.fromkeys(kinds.get(kind, (kind,))))
             for path, stat in statistics(model, spec).items()
         }
         with pytest.raises(AssertionError):
-            METHODS[name].quantize_block(block_of(model), without, config_of(spec))
+            method.quantize_block(block_of(model), without, config_of(spec))
 
 
 def test_methods_that_need_no_data_get_none() -> None:
@@ -252,8 +260,9 @@ def test_methods_that_need_no_data_get_none() -> None:
             return 0
 
     for name in QUANTIZING:
-        if not METHODS[name].needs:
-            METHODS[name].quantize_block(block_of(tiny()), Empty(), config_of(parse_variant(name)))
+        config = config_of(parse_variant(name))
+        if not METHODS[name].needs_for(config):
+            METHODS[name].quantize_block(block_of(tiny()), Empty(), config)
 
 
 # --- block by block ----------------------------------------------------------------------------

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 
 import pytest
 import torch
 
+from quantlab.blockwise import quantize_blocks
+from quantlab.calibration import ActStats
 from quantlab.errors import ConfigError, MethodError
 from quantlab.ggml import FORMATS, quantize_rows
-from quantlab.ggml.mixes import FILE_TYPES
+from quantlab.ggml.mixes import FILE_TYPES, tensor_type
 from quantlab.methods import METHODS, parse_variant
 from quantlab.methods.gguf import GGUFConfig
 from quantlab.models import Block
-from quantlab.packing import GGMLWeight
-from tests.tiny import block_of, lone_block, random, tiny
+from quantlab.packing import GGMLWeight, PackedWeight
+from tests.tiny import block_of, lone_block, random, recorded_inputs, tiny, token_ids
 
 GGUF = METHODS["gguf"]
 
@@ -91,6 +94,70 @@ def test_more_bits_lose_less() -> None:
             errors.append(float((weight - block.linears["ffn_up"].weight).square().mean()))
         for more, fewer in itertools.pairwise(errors):
             assert more < fewer / 1.5
+
+
+@pytest.mark.parametrize("type", FILE_TYPES)
+def test_importance_reaches_every_format(type: str) -> None:
+    """The bytes are those of the format with each linear's own importance, and the mix is the one
+    that llama.cpp makes with an importance matrix."""
+    block = wide_block(0, 8)
+    stats = {
+        path: ActStats(9, mean_square=random(256, seed=50 + i).square() ** 2)
+        for i, path in enumerate(block.linears)
+    }
+    packed = GGUF.quantize_block(block, stats, GGUFConfig(type=type, imatrix=True))
+    for path, weight in packed.items():
+        assert isinstance(weight, GGMLWeight)
+        wanted = tensor_type(type, path, 0, 8, 256, 8, gqa=2, tied_head=False, importance=True)
+        assert weight.type == wanted
+        source = block.linears[path].weight
+        assert torch.equal(weight.data, quantize_rows(source, wanted, stats[path].mean_square))
+
+
+@pytest.mark.parametrize("type", ["q4_0", "iq4_nl", "q3_k_s", "q2_k"])
+def test_importance_lowers_the_error_of_the_outputs(type: str) -> None:
+    """What the importance matrix is for; inputs as skewed as those of a down-projection."""
+    block = wide_block(4, 8)
+    x = random(400, 256, seed=3) * torch.exp(1.5 * random(256, seed=4))
+    stats = dict.fromkeys(block.linears, ActStats(400, mean_square=x.square().mean(0)))
+
+    def error(packed: Mapping[str, PackedWeight]) -> float:
+        differences = [
+            packed[path].dequantize() - linear.weight for path, linear in block.linears.items()
+        ]
+        return sum(float((x @ difference.T).square().sum()) for difference in differences)
+
+    weighed = GGUF.quantize_block(block, stats, GGUFConfig(type=type, imatrix=True))
+    plain = GGUF.quantize_block(block, {}, GGUFConfig(type=type))
+    assert error(weighed) < 0.8 * error(plain)
+
+
+def test_calibration_is_asked_for_only_with_an_importance_matrix() -> None:
+    assert GGUF.needs_for(GGUFConfig()) == ()
+    assert GGUF.needs_for(GGUFConfig(imatrix=True)) == ("square",)
+    label = parse_variant("gguf:q4_0:imatrix=true").label
+    assert label == "gguf:q4_0:imatrix=true"
+    with pytest.raises(ConfigError, match="imatrix=maybe: needs true or false"):
+        parse_variant("gguf:q4_0:imatrix=maybe")
+
+
+def test_importance_is_of_the_unquantized_model() -> None:
+    """As llama.cpp's is: the second block's must not know what happened to the first."""
+    model, ids = tiny(), token_ids(5, 24)
+    with recorded_inputs(model.family, model.module) as seen, torch.no_grad():
+        model.module(ids, use_cache=False)
+    weights = {path: model.module.get_submodule(path).weight.clone() for path in seen}
+    config = GGUFConfig(type="q4_0", imatrix=True)
+    packed = quantize_blocks(model, GGUF, config, ids, lambda done, total: None)
+    for path, inputs in seen.items():
+        squares = torch.cat(inputs).square().mean(0).float()
+        weight = packed[path]
+        assert isinstance(weight, GGMLWeight)
+        wanted = quantize_rows(weights[path], weight.type, squares)
+        # Means in float32 and in bfloat16 products: near-ties may fall the other way.
+        assert float((weight.data == wanted).float().mean()) > 0.97
+        plain = quantize_rows(weights[path], weight.type)
+        assert float((weight.data == plain).float().mean()) < 0.9
 
 
 def test_embedding_and_head() -> None:

@@ -39,6 +39,11 @@ VARIANTS = {
     "dynamic groups, symmetric, clip": replace(
         PLAIN, static_groups=False, symmetric=True, clip=True
     ),
+    "damped by channel": replace(PLAIN, damping="channel", damp_percent=0.1),
+    "asymmetric": replace(PLAIN, gptaq=True, gptaq_strength=1.0),
+    "asymmetric, act-order, ragged, 2 bits": replace(
+        PLAIN, gptaq=True, gptaq_strength=0.4, act_order=True, group_size=48, bits=2
+    ),
     "the defaults": GPTQConfig(),
 }
 
@@ -48,7 +53,13 @@ def moment_of(x: Tensor) -> Tensor:
 
 
 def reference(
-    weight: Tensor, moment: Tensor, config: GPTQConfig, codes: Tensor, scale: Tensor, zero: Tensor
+    weight: Tensor,
+    moment: Tensor,
+    config: GPTQConfig,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    cross: Tensor | None = None,
 ) -> tuple[int, float]:
     """Walk through GPTQ in float64 beside the given answer: (codes that differ, how far a differing
     code's real value was from the nearest rounding boundary, in steps).
@@ -56,7 +67,9 @@ def reference(
     For the columns F not yet done, with H the damped second moment, fixing column j at its rounded
     value is best answered by  w_F -= (w_j - q_j) / [H_F^-1]_jj * [H_F^-1]_j,F.  The inverse is
     computed anew each time. Where the answer's code differs, the walk goes on with the answer's, so
-    that one tie does not spoil what comes after it; grids likewise.
+    that one tie does not spoil what comes after it; grids likewise. With asymmetric calibration the
+    columns after j are also moved towards  w_j E[(y_j - x_j) x_F^T] H_F^-1,  the least-squares
+    answer to w_j (y_j - x_j).
     """
     hessian, work = moment.double().clone(), weight.double().clone()
     columns = work.shape[1]
@@ -67,7 +80,8 @@ def reference(
         work[:, j] = 0
         hessian[j, j] = 1
     for j in range(columns):
-        hessian[j, j] += config.damp_percent * mean
+        own = config.damping == "channel"
+        hessian[j, j] += config.damp_percent * (float(hessian[j, j]) if own else mean)
     order = list(range(columns))
     if config.act_order:
         order.sort(key=lambda j: -float(moment[j, j]))
@@ -97,10 +111,16 @@ def reference(
             differing += int(other.sum())
             away = (exact.clamp(0, 2**config.bits - 1) - codes[:, j].double()).abs() - 0.5
             furthest = max(furthest, float(away[other].max()))
-        rest = order[position:]
+        rest, later = order[position:], order[position + 1 :]
         inverse = torch.linalg.inv(hessian[rest][:, rest])
-        error = (work[:, j] - (codes[:, j].double() - z) * s) / inverse[0, 0]
+        value = work[:, j].clone()
+        error = (value - (codes[:, j].double() - z) * s) / inverse[0, 0]
         work[:, rest] -= error[:, None] * inverse[0]
+        if config.gptaq and later:
+            assert cross is not None
+            owed = cross[j, later].double() - moment[j, later].double()
+            move = owed @ torch.linalg.inv(hessian[later][:, later])
+            work[:, later] += config.gptaq_strength * value[:, None] * move
     return differing, furthest
 
 
@@ -112,9 +132,11 @@ def test_codes_are_those_of_the_slow_reference(name: str) -> None:
     x = correlated(300, columns, seed=2)
     x[:, [3, 40, 130]] = 0  # channels that never fire
     moment = moment_of(x)
-    codes, scale, zero = gptq(weight, moment, config)
+    original = x + 0.2 * correlated(300, columns, seed=5)
+    cross = (original.double().T @ x.double() / len(x)).float()
+    codes, scale, zero = gptq(weight, moment, config, cross)
     assert codes.dtype == torch.uint8
-    differing, furthest = reference(weight, moment, config, codes, scale, zero)
+    differing, furthest = reference(weight, moment, config, codes, scale, zero, cross)
     # float32 keeps compensated weights to about 1e-5 of themselves; an 8-bit step is 1/255 of them.
     assert furthest < 0.02 if config.bits == 8 else furthest < 2e-3
     assert differing <= 0.01 * codes.numel()
@@ -176,6 +198,48 @@ def test_act_order_and_clipping_help_at_two_bits(seed: int) -> None:
     plain = replace(PLAIN, bits=2)
     assert error(replace(plain, act_order=True)) < error(plain)
     assert error(replace(plain, clip=True)) < error(plain)
+
+
+def aim_error(weight: Tensor, quantized: Tensor, x: Tensor, y: Tensor) -> float:
+    """Mean squared distance of the quantized outputs on x to the original's on y."""
+    return float((x.double() @ quantized.double().T - y.double() @ weight.double().T).pow(2).mean())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_asymmetric_calibration_comes_nearer_to_the_original_output(seed: int, bits: int) -> None:
+    """The claim of GPTAQ: x is y behind layers that shrank some directions and added noise."""
+    weight, y = random(24, 96, seed=seed), correlated(2000, 96, seed=20 + seed)
+    x = y @ (torch.eye(96) + 0.05 * random(96, 96, seed=40 + seed)) * 0.9
+    cross = (y.double().T @ x.double() / len(x)).float()
+
+    def error(config: GPTQConfig) -> float:
+        codes, scale, zero = gptq(weight, moment_of(x), config, cross)
+        quantized = (codes - spread(zero, 32, 96)) * spread(scale, 32, 96)
+        return aim_error(weight, quantized, x, y)
+
+    plain = GPTQConfig(bits=bits, group_size=32, damp_percent=0.01)
+    asymmetric = replace(plain, gptaq=True, gptaq_strength=1.0)
+    assert error(asymmetric) < 0.9 * error(plain)
+    assert error(asymmetric) < error(replace(asymmetric, gptaq_strength=0.25)) < error(plain)
+
+
+def test_equal_streams_leave_plain_gptq() -> None:
+    weight, moment = random(8, 96, seed=1), moment_of(correlated(300, 96, seed=2))
+    plain = gptq(weight, moment, PLAIN)
+    asymmetric = gptq(weight, moment, replace(PLAIN, gptaq=True, gptaq_strength=1.0), moment)
+    assert all(torch.equal(a, b) for a, b in zip(plain, asymmetric, strict=True))
+
+
+def test_damping_by_channel_does_not_depend_on_the_units_of_a_channel() -> None:
+    """Scale channels by powers of 2, and their columns back: only the mean damping notices."""
+    weight, x = 256 * random(8, 64, seed=1), correlated(300, 64, seed=2)  # normal float16 steps
+    units = 2.0 ** torch.arange(64).remainder(9)
+    config = GPTQConfig(group_size=1, act_order=False, clip=False)
+    for damping, same in (("channel", True), ("mean", False)):
+        one = gptq(weight, moment_of(x), replace(config, damping=damping))[0]
+        other = gptq(weight / units, moment_of(x * units), replace(config, damping=damping))[0]
+        assert (float((one == other).float().mean()) > 0.99) == same
 
 
 def test_uncorrelated_inputs_leave_plain_rounding() -> None:
@@ -257,6 +321,11 @@ def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
     moment[3, 4] = bad
     with pytest.raises(MethodError, match="not finite"):
         gptq(random(4, 32), moment, GPTQConfig())
+
+
+def test_asymmetric_calibration_needs_static_groups() -> None:
+    with pytest.raises(ConfigError, match="gptaq=true needs static_groups=true"):
+        GPTQConfig(static_groups=False, act_order=False, gptaq=True).validate()
 
 
 def test_act_order_needs_static_groups() -> None:
