@@ -123,14 +123,23 @@ def signed_extreme(x: Tensor) -> Tensor:
 
     Args: x float32 `[size, m]`. Returns float32 `[m]`.
     """
-    low, high = x.amin(0), x.amax(0)
+    return _signed_extreme(x, 0)
+
+
+def signed_extreme_of_rows(x: Tensor) -> Tensor:
+    """The same in each row: x float32 `[m, size]` to `[m]`."""
+    return _signed_extreme(x, 1)
+
+
+def _signed_extreme(x: Tensor, dim: int) -> Tensor:
+    low, high = x.amin(dim), x.amax(dim)
     extreme = torch.where(high >= -low, high, low)
     tie = ((high == -low) & (high != 0)).nonzero().squeeze(1)
     if tie.numel():
         # +a and -a in one block (common with bfloat16 weights): ggml keeps whichever comes first.
-        tied = x[:, tie]
-        first = tied.abs().argmax(0, keepdim=True)
-        extreme[tie] = tied.gather(0, first).squeeze(0)
+        tied = x.index_select(1 - dim, tie)
+        first = tied.abs().argmax(dim, keepdim=True)
+        extreme[tie] = tied.gather(dim, first).squeeze(dim)
     return extreme
 
 
@@ -140,6 +149,13 @@ def pack_fields(codes: Tensor, width: int) -> Tensor:
     Args: codes uint8 `[n, groups, k]`, each below `2 ** width`; width in bits.
     Returns: uint8 `[n, k]`, group g in the bits from `g * width`.
     """
+    if codes.shape[2] % 8 == 0:
+        # Eight bytes at a time: no code reaches into its neighbour's byte.
+        return _pack_fields(codes.contiguous().view(torch.int64), width).view(torch.uint8)
+    return _pack_fields(codes, width)
+
+
+def _pack_fields(codes: Tensor, width: int) -> Tensor:
     packed = codes[:, 0].clone()
     for group in range(1, codes.shape[1]):
         packed |= codes[:, group] << (group * width)

@@ -13,12 +13,14 @@ from .block import (
     HALF_MAX,
     BlockFormat,
     bytes_to_half,
+    clamp_input,
+    from_columns,
     half_to_bytes,
     input_columns,
     join_bytes,
     pack_fields,
     safe_reciprocal,
-    signed_extreme,
+    signed_extreme_of_rows,
     to_columns,
     unpack_fields,
 )
@@ -33,14 +35,16 @@ def symmetric_codes(blocks: Tensor, importance: Tensor | None, half: int) -> tup
 
     Returns: d float32 `[n]`; codes uint8 `[n, 32]` in 0 ... 2 * half - 1.
     """
-    x = input_columns(blocks, 32)
     if importance is None:
-        d = (signed_extreme(x) / -half).clamp_(-HALF_MAX, HALF_MAX)
-        q = (x * safe_reciprocal(d)).add_(half + 0.5).clamp_(0, 2 * half - 1)
-    else:
-        d, inverse = symmetric_search(x, to_columns(importance, 32), half)
-        q = (x * inverse).round_().clamp_(-half, half - 1).add_(half).masked_fill_(inverse == 0, 0)
-    return d, q.to(torch.uint8).t().contiguous()
+        # No sums over a block, so nothing is won by laying blocks in columns.
+        x = clamp_input(blocks)
+        d = (signed_extreme_of_rows(x) / -half).clamp_(-HALF_MAX, HALF_MAX)
+        q = x.mul_(safe_reciprocal(d).unsqueeze(1)).add_(half + 0.5).clamp_(0, 2 * half - 1)
+        return d, q.to(torch.uint8)
+    x = input_columns(blocks, 32)
+    d, inverse = symmetric_search(x, to_columns(importance, 32), half)
+    q = (x * inverse).round_().clamp_(-half, half - 1).add_(half).masked_fill_(inverse == 0, 0)
+    return d, from_columns(q, 32)
 
 
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:

@@ -12,11 +12,14 @@ from .block import (
     HALF_MAX,
     BlockFormat,
     bytes_to_half,
+    clamp_input,
     half_to_bytes,
-    input_columns,
     join_bytes,
     safe_reciprocal,
 )
+
+_BELOW_HALF = 0.5 - 2.0**-25
+"""The float32 before one half."""
 
 
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -24,15 +27,13 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
 
     `importance` is not used, as in llama.cpp.
     """
-    x = input_columns(blocks, 32)
-    d = (x.abs().amax(0) / 127).clamp_(max=HALF_MAX)
-    scaled = x * safe_reciprocal(d)
-    # C's roundf. Adding a half before truncating would round 0.49999997 up.
-    magnitude = scaled.abs()
-    whole = magnitude.floor()
-    whole += magnitude.sub_(whole) >= 0.5
-    codes = whole.copysign_(scaled).clamp_(-127, 127).to(torch.int8)
-    return join_bytes((half_to_bytes(d), codes.t().contiguous().view(torch.uint8)))
+    x = clamp_input(blocks)
+    d = (x.abs().amax(1) / 127).clamp_(max=HALF_MAX)
+    scaled = x.mul_(safe_reciprocal(d).unsqueeze(1))
+    # C's roundf is to add this and truncate. Adding a whole half would round 0.49999997 up.
+    scaled += torch.copysign(torch.tensor(_BELOW_HALF, device=x.device), scaled)
+    codes = scaled.clamp_(-127, 127).to(torch.int8)
+    return join_bytes((half_to_bytes(d), codes.view(torch.uint8)))
 
 
 def dequantize(data: Tensor) -> Tensor:
