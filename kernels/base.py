@@ -104,7 +104,11 @@ class Kernel:
         if p.bits is None:
             return "the weight is not on uniform grids"
         if p.activation not in self.activations:
-            return "takes no 8-bit inputs" if p.activation else "takes 8-bit inputs only"
+            if p.activation is None:
+                return "takes 8-bit inputs only"
+            if self.activations == (None,):
+                return "takes no 8-bit inputs"
+            return f"takes 8-bit inputs by {_listed(self.activations)}, not by {p.activation}"
         if p.bits not in self.bits:
             return f"no {p.bits}-bit codes"
         if p.device not in self.devices:
@@ -120,6 +124,10 @@ class Kernel:
         if p.group_size % self.group_multiple:
             return f"group size {p.group_size} is no multiple of {self.group_multiple}"
         return None
+
+
+def _listed(activations: tuple[ActivationKind | None, ...]) -> str:
+    return " or ".join(kind for kind in activations if kind)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -25,15 +25,12 @@ FEW = 128
 takes 40 us for one row and 80 us for 64; unpacking takes 230 us."""
 
 
-class OutlierLinear:
+class OutlierLinear(Int8Linear):
     """A prepared LLM.int8() layer; see `kernels.base.Prepared`."""
 
     def __init__(self, problem: Problem, operands: Operands) -> None:
-        self.dtype, self.columns = problem.dtype, problem.columns
-        self.threshold = operands.threshold
-        self.bias = None if operands.bias is None else operands.bias.float()
-        plain = dataclasses.replace(operands, bias=None)
-        self.inner = Int8Linear(dataclasses.replace(problem, activation="token"), plain)
+        super().__init__(dataclasses.replace(problem, activation="token"), operands)
+        self.columns, self.threshold = problem.columns, operands.threshold
 
     def __call__(self, x: Tensor) -> Tensor:
         large = x.abs() >= self.threshold
@@ -43,7 +40,7 @@ class OutlierLinear:
             codes.index_fill_(1, outliers, 128)
         else:
             codes, steps = quantize_rows(x)
-        y = self.inner.product(codes, 1.0, 128, None, torch.float32).mul_(steps)
+        y = self._product(codes, 1.0, 128, None, torch.float32).mul_(steps)
         if outliers.numel():
             y.addmm_(x[:, outliers].float(), self.weight_columns(outliers))
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
@@ -51,18 +48,11 @@ class OutlierLinear:
     def weight_columns(self, columns: Tensor) -> Tensor:
         """The dequantized weight's columns, transposed: float32 [len(columns), rows]."""
         if columns.numel() > FEW:
-            dense: Tensor = self.inner.packed.to_dense()
-            return dense[columns].float().mul_(self.inner.scales)
+            dense: Tensor = self.packed.to_dense()
+            return dense[columns].float().mul_(self.scales)
         ones = torch.full((columns.numel(), self.columns), 128, dtype=torch.uint8)
         ones.scatter_(1, columns[:, None], 129)
-        return self.inner.product(ones, 1.0, 128, None, torch.float32)
-
-    def codes(self) -> Tensor:
-        return self.inner.codes()
-
-    def tensors(self) -> dict[str, Tensor]:
-        kept = self.inner.tensors()
-        return kept if self.bias is None else {**kept, "bias": self.bias}
+        return self._product(ones, 1.0, 128, None, torch.float32)
 
 
 def probe() -> None:

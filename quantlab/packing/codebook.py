@@ -13,8 +13,8 @@ from quantlab.codebook import (
     NESTED_BLOCK,
     CodebookName,
     codebook,
-    decode,
     decode_absmax,
+    decode_pairs,
     encode,
     encode_absmax,
 )
@@ -86,10 +86,9 @@ class CodebookWeight:
         low, high = start // self.block_size, math.ceil(stop / self.block_size)
         begin = low * self.block_size
         packed = self.codes[begin // 2 : high * self.block_size // 2]
-        codes = torch.stack((packed >> 4, packed & 15), -1).view(-1)[: stop - begin]
-        values = codebook(self.codebook)
-        stream = decode(codes, self.block_absmax()[low:high], values, self.block_size)
-        return stream[start - begin :].view(last - first, self.columns)
+        absmax, values = self.block_absmax()[low:high], codebook(self.codebook)
+        stream = decode_pairs(packed, absmax, values, self.block_size)
+        return stream[start - begin : stop - begin].view(last - first, self.columns)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {"codes": self.codes, "absmax": self.absmax}
