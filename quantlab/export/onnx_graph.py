@@ -272,10 +272,10 @@ class _Graph:
         outputs = [value("logits", real, [1, "wanted", vocabulary])]
         for index in range(len(self.blocks)):
             for part in ("key", "value"):
-                shape = [1, self.kv_heads, "before", self.head_dim]
-                inputs.append(value(f"past_{part}_{index}", real, shape))
-                shape = [1, self.kv_heads, "total", self.head_dim]
-                outputs.append(value(f"present_{part}_{index}", real, shape))
+                before = (1, self.kv_heads, "before", self.head_dim)
+                inputs.append(value(f"past_{part}_{index}", real, before))
+                after = (1, self.kv_heads, "after", self.head_dim)
+                outputs.append(value(f"present_{part}_{index}", real, after))
         graph = helper.make_graph(
             self.nodes, "decoder", inputs, outputs, list(self.weights.values())
         )

@@ -35,6 +35,7 @@ STYLES: dict[str, Style] = {
     "efficientqat": Style("EfficientQAT", "#a89a00", "#f0e442"),
     "dynamic_int8": Style("Dynamic INT8", "#8a5a2b", "#c79a6b"),
     "static_int8": Style("Static INT8", "#5b4a8a", "#a796d9"),
+    "onnx_int8": Style("ONNX Runtime INT8", "#0f7681", "#4fb8c4"),
     "qat": Style("QAT", "#6b7a00", "#b5c334"),
     "mixed": Style("Mixed", "#9c2f4b", "#e07a94"),
 }

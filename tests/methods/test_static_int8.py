@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from quantlab.calibration import ActStats
 from quantlab.errors import ConfigError, MethodError
+from quantlab.layers import QuantLinear
 from quantlab.methods import METHODS, parse_variant
 from quantlab.methods.static_int8 import StaticInt8Config
 from quantlab.models import LoadedModel
+from quantlab.observers import count_values
 from quantlab.packing import AffineWeight
 from tests.methods.planted import inputs, planted, statistics
-from tests.tiny import FIRST_CLASS, block_of
+from tests.tiny import FIRST_CLASS, block_of, lone_block
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -92,6 +95,35 @@ def test_weights_are_rounded_a_row_to_absmax_as_in_smoothquant() -> None:
         assert isinstance(weight, AffineWeight)
         assert torch.equal(weight.codes, ours[path].codes)
         assert weight.activation == ours[path].activation
+
+
+def test_one_massive_activation_and_what_each_observer_makes_of_it() -> None:
+    """As in the bundled model: the first token puts one channel of down's input far above
+    everything else. minmax and mse keep it, and every other token is rounded away; percentile
+    keeps the others and gives that token up; a grid a token (dynamic) loses neither."""
+    model = planted("llama")
+    path = "mlp.down_proj"
+    x, weight = inputs(model)[path].float(), block_of(model).linears[path].weight
+    x[0, 5] = 400 * x.abs().max()
+    block = lone_block({"w": weight})
+    stats = ActStats(len(x), low=x.amin(0), high=x.amax(0), histogram=count_values(x))
+    want = x.double() @ weight.double().T
+    others, massive = {}, {}
+    for key in ("minmax", "percentile", "mse", "dynamic"):
+        if key == "dynamic":
+            config = METHODS["dynamic_int8"].Config(activations="token")  # type: ignore[call-arg]
+            packed = METHODS["dynamic_int8"].quantize_block(block, {}, config)["w"]
+        else:
+            config = StaticInt8Config(observer=key, percentile=99.9)
+            packed = METHODS["static_int8"].quantize_block(block, {"w": stats}, config)["w"]
+        got = QuantLinear(packed, None, torch.float32)(x).double()
+        off = (got - want).norm(dim=1) / want.norm(dim=1)
+        others[key], massive[key] = float(off[1:].mean()), float(off[0])
+    assert others["dynamic"] < 0.02
+    assert others["percentile"] < 0.05
+    assert min(others["minmax"], others["mse"]) > 0.5
+    assert massive["percentile"] > 0.9
+    assert max(massive[key] for key in ("minmax", "mse", "dynamic")) < 0.02
 
 
 def test_nothing_is_folded() -> None:
