@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quantlab.environment import default_threads
-from quantlab.methods import METHODS
+from quantlab.methods import METHODS, configure
 from quantlab.models import CATALOGUE
 from quantlab.texts import fast_bfloat16
 from quantlab.types import Estimate, RunSpec
@@ -20,6 +20,9 @@ conversions and memory take the rest). An assumption, not yet fitted to measured
 SECOND_MOMENT_COST = 1.5
 """GPTQ and AWQ need, beside the passes, sums of x x^T in float32 and their search; in forward
 passes at float32 speed. An assumption, not yet fitted to measured runs."""
+TRAINING = 0.5
+"""Share of a forward pass's speed that training reaches: rounding every weight, the optimizer and
+logits over the whole vocabulary take the rest. Assumed."""
 DECODE_BYTES_PER_SECOND = 4e9
 FIXED_SECONDS = 8.0
 """Loading, packing, saving and opening a variant of the bundled model. Assumed."""
@@ -75,6 +78,9 @@ def estimate(spec: RunSpec) -> Estimate:
         )
         if method.needs:
             seconds += 2 * forward * spec.calibration_tokens / (half * EFFICIENCY)
+        if method.trains:
+            passes = method.train_passes(configure(variant, spec.group_size))
+            seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY * TRAINING)
         if "second_moment" in method.needs:
             seconds += SECOND_MOMENT_COST * forward * spec.calibration_tokens / single
     return Estimate(seconds, int(4 * parameters * 2 + 1.2e9), "")

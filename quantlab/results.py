@@ -26,6 +26,8 @@ class ResultRecord:
     mean negative log-likelihood (`nll`) and KL divergence (`kl`), from which paired intervals are
     drawn. `execution` is 'packed' (real kernels on packed weights) or 'simulated' (dequantized
     arithmetic); a simulated row has no speed. `fallbacks` lists every fallback that was taken.
+    `curves` holds, for methods that train, the loss of every step: by phase, a list for each part
+    of it (the blocks, or the one whole).
     """
 
     variant: str
@@ -52,6 +54,7 @@ class ResultRecord:
     fallbacks: tuple[str, ...] = ()
     outputs: tuple[Generation, ...] = ()
     segments: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
     activation_bits: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     artifact: str | None = None

@@ -35,6 +35,8 @@ methods < estimate < pipeline
 types < meter < pipeline
 layers < blockwise < variants
 methods < blockwise
+calibration < training < methods
+texts < training
 export < variants
 engine < llamacpp < runners < variants < measure < pipeline
 metrics < runners

@@ -1,4 +1,4 @@
-"""Quantizing inside of training: weights pass through their grid, gradients pass around the rounding.
+"""Quantizing inside of training: weights pass through their grid, gradients around the rounding.
 
 With w a weight, s > 0 the step of its group and z its zero-point (kept as a float, used rounded),
 
@@ -20,12 +20,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The formulas above on grouped weights [rows, groups, size], steps and zeros [rows, groups, 1].
+    """The formulas above; weights [rows, groups, size], steps and zeros [rows, groups, 1].
 
     Written with few temporaries in float32: this runs over every weight at every training step.
     """

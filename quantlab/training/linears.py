@@ -112,7 +112,9 @@ class StepLinear(nn.Module):
             part: Any = _Dequantize.apply(self.scale[:, :whole, None], centred, dtype)
             parts.append(part.reshape(rows, cut))
         if cut < columns:
-            part = _Dequantize.apply(self.scale[:, whole:, None], self.centred[:, None, cut:], dtype)
+            part = _Dequantize.apply(
+                self.scale[:, whole:, None], self.centred[:, None, cut:], dtype
+            )
             parts.append(part.reshape(rows, columns - cut))
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return functional.linear(x, weight, self.bias)
