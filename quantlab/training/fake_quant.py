@@ -56,6 +56,9 @@ class _FakeQuantize(torch.autograd.Function):
         return passed if ctx.needs_input_grad[0] else None, d_scale, d_zero, None, None
 
 
+_apply: Any = _FakeQuantize.apply
+
+
 def fake_quantize(
     weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -69,7 +72,7 @@ def fake_quantize(
     cut = whole * group_size
     parts = []
     if whole:
-        part = _FakeQuantize.apply(
+        part = _apply(
             weight[:, :cut].unflatten(1, (whole, group_size)),
             scale[:, :whole, None],
             zero[:, :whole, None],
@@ -79,5 +82,5 @@ def fake_quantize(
         parts.append(part.reshape(rows, cut))
     if cut < columns:
         rest = (weight[:, None, cut:], scale[:, whole:, None], zero[:, whole:, None])
-        parts.append(_FakeQuantize.apply(*rest, bits, dtype).reshape(rows, columns - cut))
+        parts.append(_apply(*rest, bits, dtype).reshape(rows, columns - cut))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

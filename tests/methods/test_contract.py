@@ -174,7 +174,8 @@ def test_dead_channels_and_constant_rows(spec: VariantSpec) -> None:
     for weight in packed.values():
         assert bool(torch.isfinite(weight.dequantize()).all())
     assert not bool(packed["self_attn.q_proj"].dequantize()[3].any())
-    # GPTQ (also as EfficientQAT's start) may put compensation into a group of zeros, as far as its finest grid goes.
+    # GPTQ (also as EfficientQAT's start) may put compensation into a group of zeros, as far as its
+    # finest grid goes.
     largest = float(packed["mlp.down_proj"].dequantize()[:, :32].abs().max())
     assert largest <= (0.02 if spec.method in ("gptq", "efficientqat") else 0.0)
 
