@@ -20,6 +20,9 @@ conversions and memory take the rest). An assumption, not yet fitted to measured
 SECOND_MOMENT_COST = 1.5
 """GPTQ and AWQ need, beside the passes, sums of x x^T in float32 and their search; in forward
 passes at float32 speed. An assumption, not yet fitted to measured runs."""
+TRAINING = 0.5
+"""Share of a forward pass's speed that training reaches: rounding every weight, the optimizer and
+logits over the whole vocabulary take the rest. Assumed."""
 DECODE_BYTES_PER_SECOND = 4e9
 FIXED_SECONDS = 8.0
 """Loading, packing, saving and opening a variant of the bundled model. Assumed."""
@@ -73,10 +76,14 @@ def estimate(spec: RunSpec) -> Estimate:
         seconds += (
             len(spec.prompts) * spec.max_new_tokens * 2 * parameters / DECODE_BYTES_PER_SECOND
         )
-        needs = method.needs_for(configure(variant, spec.group_size))
+        config = configure(variant, spec.group_size)
+        needs = method.needs_for(config)
         if needs:
             passes = 1 + method.sees_error + ("cross_moment" in needs)
             seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY)
+        if method.trains:
+            passes = method.train_passes(config)
+            seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY * TRAINING)
         if "second_moment" in needs:
             seconds += SECOND_MOMENT_COST * forward * spec.calibration_tokens / single
     return Estimate(seconds, int(4 * parameters * 2 + 1.2e9), "")

@@ -62,6 +62,7 @@ def measure(
             kernel=runner.kernel,
             execution=runner.execution,
             fallbacks=prepared.fallbacks + runner.fallbacks,
+            curves=prepared.curves,
             outputs=outputs,
             details=prepared.details,
         )

@@ -125,7 +125,7 @@ def to_html(run: Run, language: str | None = None) -> str:
     Plotly is inlined once; every text of a model or a person is escaped.
     """
     say = words(language)
-    drawn = [name for name in FIGURES if figures.finished(run.records)]
+    drawn = figures.drawn(run.records)
     data = {
         name: {
             theme: json.loads(figures.to_json(FIGURES[name](run.records, dark, language)))

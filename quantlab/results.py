@@ -28,6 +28,8 @@ class ResultRecord:
     arithmetic); a simulated row has no speed. `fallbacks` lists every fallback that was taken.
     `details` is what the method reports of its own work, by name (mixed: `allocation`, see
     `quantlab.methods.mixed`); records from before it have none.
+    `curves` holds, for methods that train, the loss of every step: by phase, a list for each part
+    of it (the blocks, or the one whole).
     """
 
     variant: str
@@ -54,6 +56,7 @@ class ResultRecord:
     fallbacks: tuple[str, ...] = ()
     outputs: tuple[Generation, ...] = ()
     segments: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
     activation_bits: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     artifact: str | None = None

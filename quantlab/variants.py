@@ -15,21 +15,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantlab.blockwise import quantize_blocks, quantize_outer
+from quantlab import keys
+from quantlab.artifacts import prune
+from quantlab.blockwise import quantize_blocks, quantize_outer, train_blocks
 from quantlab.environment import default_threads, resolve_device
-from quantlab.errors import ConfigError
+from quantlab.errors import ConfigError, MethodError
 from quantlab.export import gguf, onnx_int8, quantlab_format
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.models import LoadedModel, ModelSource, load
 from quantlab.outer import check_outer, pack_outer
+from quantlab.packing import PackedWeight
+from quantlab.paths import home
 from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, TorchRunner
+from quantlab.training.workshop import Workshop
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
 
 ABOUT = "about.json"
 GGUF_FILE = "model.gguf"
 ONNX_FILE = "model.onnx"
 MAX_CONTEXT = 2048
+CHECKPOINT_BYTES = 4 * 2**30
+"""Kept of trainings that were stopped, the least recently used removed first."""
 
 Kind = Literal["unquantized", "quantlab", "gguf", "onnx"]
 
@@ -38,7 +45,7 @@ Kind = Literal["unquantized", "quantlab", "gguf", "onnx"]
 class Prepared:
     """Quantized weights on disk. `seconds` and `peak_rss` are of the quantizing itself, None where
     nothing was quantized; `size_bytes` of all weights; `fallbacks` what could not be had; `details`
-    what the method reports of its plan."""
+    what the method reports of its plan; `curves` the losses of a training."""
 
     kind: Kind
     path: Path
@@ -48,6 +55,7 @@ class Prepared:
     peak_rss: int | None = None
     fallbacks: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 def check_format(variant: VariantSpec, format: str) -> None:
@@ -124,16 +132,11 @@ def _quantize(
     )
     # Blocks see the error of the embedding as well.
     packed = pack_outer(model, config)
-    packed |= quantize_blocks(
-        model,
-        method,
-        plan,
-        ids,
-        lambda done, total: emit(Progress(variant.label, "quantize", done, total, 0.0)),
-    )
+    workshop = _workshop(variant, model.source, ids, spec, emit)
+    packed |= _packed(variant, model, ids, plan, workshop, emit)
     outer = quantize_outer(model, method, config) if as_gguf else {}
     details = method.report(model, plan, packed)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started + workshop.earlier_seconds
     fallbacks: tuple[str, ...] = ()
     if as_gguf:
         path = gguf.write(folder / GGUF_FILE, model, packed, outer, config.type)
@@ -159,8 +162,11 @@ def _quantize(
         peak_rss=peak_rss_bytes(),
         fallbacks=fallbacks,
         details=details,
+        curves=workshop.curves,
     )
-    return _keep_about(prepared, folder)
+    prepared = _keep_about(prepared, folder)
+    workshop.clear()
+    return prepared
 
 
 def _quantize_onnx(
@@ -194,6 +200,50 @@ def _keep_about(prepared: Prepared, folder: Path) -> Prepared:
     about = {**asdict(prepared), "path": prepared.path.name}
     (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
     return prepared
+
+
+def _packed(
+    variant: VariantSpec,
+    model: LoadedModel,
+    ids: Tensor | None,
+    config: Any,
+    workshop: Workshop,
+    emit: Emit,
+) -> dict[str, PackedWeight]:
+    method = METHODS[variant.method]
+    if not method.trains:
+        return quantize_blocks(
+            model,
+            method,
+            config,
+            ids,
+            lambda done, total: emit(Progress(variant.label, "quantize", done, total, 0.0)),
+        )
+    assert ids is not None
+    try:
+        return train_blocks(model, method, config, ids, workshop)
+    except MethodError:
+        workshop.clear()  # It would only fail there again.
+        raise
+
+
+def _workshop(
+    variant: VariantSpec, source: ModelSource, ids: Tensor | None, spec: RunSpec, emit: Emit
+) -> Workshop:
+    """Where a method that trains keeps its checkpoints: apart from the artifact, which is removed
+    when it is not finished, and by what the training follows from, so that any later run of the
+    same (also `quantize` to a folder) goes on from them."""
+    config = configure(variant, spec.group_size)
+    folder = None
+    if METHODS[variant.method].trains:
+        key = keys.artifact_key(source.fingerprint, variant, config.to_json(), None, ids, spec.seed)
+        folder = home() / "training" / key
+        prune(folder.parent, CHECKPOINT_BYTES, {key})
+
+    def report(stage: str, done: int, total: int) -> None:
+        emit(Progress(variant.label, stage, done, total, 0.0))
+
+    return Workshop(folder, report, spec.seed)
 
 
 def read_about(folder: Path) -> Prepared | None:

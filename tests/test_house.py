@@ -42,6 +42,8 @@ errors < allocation < methods
 metrics < sensitivity < methods
 calibration < sensitivity
 methods < blockwise
+calibration < training < methods
+texts < training
 export < variants
 engine < onnx_engine < runners
 engine < llamacpp < runners < variants < measure < pipeline

@@ -228,6 +228,17 @@ def test_figures_of_nothing_are_figures(name: str) -> None:
         assert not list(trace.x)
 
 
+def test_loss_curves_are_drawn_where_something_was_trained() -> None:
+    curves = {"block_ap": [[0.5, 0.4, 0.3], [0.9, 0.6]], "e2e_qp": [[1.5, 1.25, 1.0]]}
+    one = record("efficientqat:2", curves=curves)
+    assert "training" in figures.drawn([record("gptq:4"), one])
+    assert "training" not in figures.drawn([record("gptq:4"), failed("qat:4")])
+    drawn = [(list(trace.x), list(trace.y)) for trace in figures.training([one]).data]
+    assert drawn[0] == ([1, 2], [0.5, 0.9])
+    assert drawn[1] == ([1, 2], [pytest.approx(0.4), pytest.approx(0.75)])
+    assert drawn[2] == ([1, 2, 3], [1.5, 1.25, 1.0])
+
+
 def test_hover_tells_the_essentials() -> None:
     trace = points(figures.kl_bits([record("gptq:4", kl=0.0312)]))["GPTQ 4-bit"]
     text = trace.hovertemplate  # type: ignore[attr-defined]

@@ -272,6 +272,8 @@ def test_a_finished_run_fills_the_page(at: services.Services) -> None:
     assert "python -m quantlab compare" in changed["detail"]
     for name in ("perplexity_size", "kl_bits", "speed", "size"):
         assert changed[f"figure_{name}"].type == "plotly"
+    assert "figure_training" not in changed, "nothing was trained"
+    assert changed["training"].visible is False
 
 
 def test_only_what_has_changed_is_painted_again(at: services.Services) -> None:

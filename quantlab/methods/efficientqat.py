@@ -182,7 +182,12 @@ class EfficientQAT(base.Quantizer):
                     lambda hidden, block=block: runner.run(block, hidden),
                     own_stream,
                     targets,
-                    Rates(config.block_rate, config.step_rate, config.step_rate, 0.1 * config.step_rate),
+                    Rates(
+                        config.block_rate,
+                        config.step_rate,
+                        config.step_rate,
+                        0.1 * config.step_rate,
+                    ),
                     config.block_epochs,
                     workshop.seed + index,
                     lambda step, done=done, total=total: workshop.report(
@@ -247,9 +252,7 @@ def restore_block(
     for path, linear in block.linears.items():
         codes, zeros = tensors.pop(f"{path}.codes").float(), tensors.pop(f"{path}.zeros")
         scale = tensors.pop(f"{path}.scale")
-        layers[path] = StepLinear(
-            codes, scale, zeros, config.bits, config.group_size, linear.bias
-        )
+        layers[path] = StepLinear(codes, scale, zeros, config.bits, config.group_size, linear.bias)
     install(block, layers)
     own = dict(block.module.named_parameters())
     for path, tensor in tensors.items():

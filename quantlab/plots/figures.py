@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from quantlab.plots import numbers, palette
+from quantlab.plots.curves import trained, training
 from quantlab.plots.drawing import bar_height, bars, canvas, scatter
 from quantlab.plots.words import words
 from quantlab.results import ResultRecord
@@ -131,7 +132,14 @@ FIGURES = {
     "kl_bits": kl_bits,
     "speed": speed,
     "size": size,
+    "training": training,
 }
+
+
+def drawn(records: Sequence[ResultRecord]) -> list[str]:
+    """Names of the figures that these records fill; training has one only where there was any."""
+    names = list(FIGURES) if finished(records) else []
+    return [name for name in names if name != "training" or trained(records)]
 
 
 def to_json(figure: go.Figure) -> str:

@@ -1,4 +1,4 @@
-"""Quantizing inside of training: weights pass through their grid, gradients pass around the rounding.
+"""Quantizing inside of training: weights pass through their grid, gradients around the rounding.
 
 With w a weight, s > 0 the step of its group and z its zero-point (kept as a float, used rounded),
 
@@ -20,12 +20,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The formulas above on grouped weights [rows, groups, size], steps and zeros [rows, groups, 1].
+    """The formulas above; weights [rows, groups, size], steps and zeros [rows, groups, 1].
 
     Written with few temporaries in float32: this runs over every weight at every training step.
     """
@@ -57,6 +56,9 @@ class _FakeQuantize(torch.autograd.Function):
         return passed if ctx.needs_input_grad[0] else None, d_scale, d_zero, None, None
 
 
+_apply: Any = _FakeQuantize.apply
+
+
 def fake_quantize(
     weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -70,7 +72,7 @@ def fake_quantize(
     cut = whole * group_size
     parts = []
     if whole:
-        part = _FakeQuantize.apply(
+        part = _apply(
             weight[:, :cut].unflatten(1, (whole, group_size)),
             scale[:, :whole, None],
             zero[:, :whole, None],
@@ -80,5 +82,5 @@ def fake_quantize(
         parts.append(part.reshape(rows, cut))
     if cut < columns:
         rest = (weight[:, None, cut:], scale[:, whole:, None], zero[:, whole:, None])
-        parts.append(_FakeQuantize.apply(*rest, bits, dtype).reshape(rows, columns - cut))
+        parts.append(_apply(*rest, bits, dtype).reshape(rows, columns - cut))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -73,6 +73,9 @@ class _Dequantize(torch.autograd.Function):
         return (grads[0].float() * centred).sum(-1, keepdim=True), None, None
 
 
+_dequantize: Any = _Dequantize.apply
+
+
 class StepLinear(nn.Module):
     """A linear with fixed codes and zero-points; `scale` (float32 [out, groups]) is learned.
 
@@ -109,10 +112,10 @@ class StepLinear(nn.Module):
         parts = []
         if whole:
             centred = self.centred[:, :cut].unflatten(1, (whole, size))
-            part: Any = _Dequantize.apply(self.scale[:, :whole, None], centred, dtype)
+            part = _dequantize(self.scale[:, :whole, None], centred, dtype)
             parts.append(part.reshape(rows, cut))
         if cut < columns:
-            part = _Dequantize.apply(self.scale[:, whole:, None], self.centred[:, None, cut:], dtype)
+            part = _dequantize(self.scale[:, whole:, None], self.centred[:, None, cut:], dtype)
             parts.append(part.reshape(rows, columns - cut))
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return functional.linear(x, weight, self.bias)

@@ -86,9 +86,7 @@ def batch_order(count: int, epochs: int, seed: int) -> list[int]:
     """Batches in the order they are taken: every epoch shuffled anew, the same for a seed."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        int(index)
-        for _ in range(epochs)
-        for index in torch.randperm(count, generator=generator)
+        int(index) for _ in range(epochs) for index in torch.randperm(count, generator=generator)
     ]
 
 
@@ -202,9 +200,7 @@ def head_weight(module: Any) -> Tensor:
         return weight.to(product_dtype(weight))
 
 
-def scores(
-    module: Any, states: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor | float | None]:
+def scores(module: Any, states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | float | None]:
     """(float32 logits as the model's own forward makes them, their slope by the head's product;
     None for 1). weight: `head_weight`."""
     bias = module.get_output_embeddings().bias

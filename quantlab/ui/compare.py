@@ -215,8 +215,11 @@ def _results(tab: Compare) -> None:
     with gr.Column(visible=False, elem_id="figures") as figures:
         tab.pieces["figures"] = figures
         names = list(FIGURES)
-        for pair in (names[:2], names[2:]):
-            with gr.Row(elem_classes="ql-figure-row"):
+        for pair in (names[:2], names[2:4], names[4:]):
+            trained = pair == ["training"]  # Only there where something was trained.
+            with gr.Row(elem_classes="ql-figure-row", visible=not trained) as row:
+                if trained:
+                    tab.pieces["training"] = row
                 for name in pair:
                     tab.figures[name] = gr.Plot(
                         show_label=False,

@@ -98,11 +98,13 @@ def _paint_figures(painting: Painting, client: Client, view: JobView | None) -> 
     if view is None or not done:
         return
     mark = (view.run.id, [r.variant for r in done], client.language, client.dark)
-    for name, draw in FIGURES.items():
+    names = figures.drawn(records)
+    painting.put("training", "training" in names, gr.Row(visible="training" in names))
+    for name in names:
         painting.put(
             f"figure_{name}",
             mark,
-            lambda draw=draw: PlotData(
+            lambda draw=FIGURES[name]: PlotData(
                 type="plotly", plot=figures.to_json(draw(records, client.dark, client.language))
             ),
         )

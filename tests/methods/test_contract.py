@@ -103,7 +103,7 @@ def expected_bits(weight: PackedWeight, spec: VariantSpec) -> float:
     group = group if granularity == "group" else columns
     groups, grids = -(-columns // group), 1 if granularity == "tensor" else rows
     bits = rows * -(-columns * weight.bits // 8) * 8 + grids * groups * 16
-    if not config.symmetric:
+    if not getattr(config, "symmetric", False):
         bits += grids * -(-groups * weight.bits // 8) * 8
     return bits / (rows * columns)
 
@@ -204,9 +204,10 @@ def test_dead_channels_and_constant_rows(spec: VariantSpec) -> None:
     for weight in packed.values():
         assert bool(torch.isfinite(weight.dequantize()).all())
     assert not bool(packed["self_attn.q_proj"].dequantize()[3].any())
-    # GPTQ may put compensation into a group of zeros, as far as its finest grid goes.
+    # GPTQ (also as EfficientQAT's start) may put compensation into a group of zeros, as far as its
+    # finest grid goes.
     largest = float(packed["mlp.down_proj"].dequantize()[:, :32].abs().max())
-    assert largest <= (0.02 if spec.method == "gptq" else 0.0)
+    assert largest <= (0.02 if spec.method in ("gptq", "efficientqat") else 0.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -293,7 +294,7 @@ def test_a_whole_model_from_end_to_end(name: str, method: str) -> None:
     assert bool(torch.isfinite(after).all())
     error = float((after - before).norm() / before.norm())
     bits = METHODS[method].weight_bits(config_of(spec))
-    assert error < (0.6 if bits <= 4 else 0.12)
+    assert error < (0.9 if bits == 2 else 0.6 if bits <= 4 else 0.12)
     assert error > 0
 
 
