@@ -39,7 +39,7 @@ SPECS = [
         "smoothquant:8:activations=dynamic", "smoothquant:8:search=false:fold_linears=false",
         "smoothquant:8:search=false:alpha=-1", "gguf:q8_0", "gguf:q4_0", "gguf:q6_k",
         "mixed:arithmetic=awq", "mixed:arithmetic=rtn:preset=all-4",
-        "mixed:arithmetic=awq:pattern=*.q_proj=3;*.down_proj=5", "gptq:4:embedding_bits=8:head_bits=4",
+        "mixed:arithmetic=awq:pattern=*=4;*.down_proj=5",
     )
 ]  # fmt: skip
 GROUP = 32
