@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from kernels import torch_int4, torch_w8a8
+from kernels import torch_int4, torch_int8, torch_w8a8
 from kernels.base import Choice, Kernel, Operands, Prepared, Problem
 
-KERNELS: tuple[Kernel, ...] = (torch_int4.KERNEL, torch_w8a8.KERNEL)
+KERNELS: tuple[Kernel, ...] = (torch_int4.KERNEL, torch_int8.KERNEL, torch_w8a8.KERNEL)
 REFERENCE = "reference"
 
 

@@ -184,6 +184,8 @@ def test_size_counts_every_byte_once_and_it_runs(tmp_path: Path, tied: bool, tex
     shared = torch.equal(embedding.codes, head.weight_packed.tensors()["codes"])
     assert shared is tied
     assert len(generate(module, [5, 9, 30], max_new_tokens=4)) == 4
+    if torch.cpu._is_vnni_supported():
+        assert head.choice.execution == "packed", "a real kernel runs the head"
     runner = open_runner(variant, prepared, source, None, spec)
     ((_, answer),) = runner.chunks(token_ids(1, 16)[0])
     assert answer.shape == (16, VOCABULARY)
