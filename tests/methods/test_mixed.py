@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from quantlab.blockwise import quantize_blocks
 from quantlab.calibration import BlockRunner
 from quantlab.errors import ConfigError, MethodError
 from quantlab.methods import METHODS, configure, parse_variant
-from quantlab.methods.by_width import applied_scales, fold_state
+from quantlab.methods.by_width import applied_scales, fold_state, rescaled
 from quantlab.methods.mixed import (
     PRESETS,
     WIDTHS,
@@ -27,10 +28,13 @@ from quantlab.methods.mixed import (
 )
 from quantlab.models import apply_fold, fold_scale, locate
 from quantlab.packing import AffineWeight, PackedWeight
+from quantlab.plots import fragments
+from quantlab.results import ResultRecord
 from quantlab.sensitivity import Sensitivity
 from quantlab.types import RunSpec, VariantSpec, ignore
 from quantlab.variants import prepare_variant, read_about
-from tests.tiny import block_of, saved, tiny, token_ids
+from tests.records import record
+from tests.tiny import block_of, recorded_inputs, saved, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -130,6 +134,25 @@ def test_scales_of_folds_are_recovered(name: str) -> None:
     assert found.keys() == wanted.keys()
     for path, scale in wanted.items():
         torch.testing.assert_close(found[path], scale, rtol=1e-4, atol=0)
+
+
+def test_statistics_follow_the_scales() -> None:
+    """Of x / s, recomputed from the inputs; what shared an input still does, what did not stays."""
+    model = tiny("llama")
+    stats = BlockRunner(model, IDS).collect(block_of(model), MIXED.needs)
+    scale = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.5
+    q, k, o = (f"self_attn.{name}_proj" for name in "qko")
+    found = rescaled(stats, {q: scale, k: scale})
+    with recorded_inputs(model.family, model.module) as seen:
+        model.module(IDS, use_cache=False)
+    x = torch.cat(seen[f"{model.family.blocks}.0.{q}"]) / scale
+    moment, mean = found[q].second_moment, found[q].mean_abs
+    assert moment is not None
+    assert mean is not None
+    torch.testing.assert_close(moment.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean.double(), x.abs().mean(0), rtol=1e-4, atol=1e-6)
+    assert found[q] is found[k]
+    assert found[o] is stats[o]
 
 
 def test_awq_rounds_other_widths_for_the_scaled_inputs() -> None:
@@ -258,3 +281,29 @@ def test_patterns_are_read_as_written() -> None:
     assert parse_pattern(" *.down_proj = 8 ;; 0.*=16;") == [("*.down_proj", 8), ("0.*", 16)]
     label = "mixed:pattern=*.down_proj=8;0.*=16"
     assert parse_variant(label).label == label
+
+
+def test_the_page_shows_predicted_and_measured() -> None:
+    details = {
+        "allocation": {
+            "budget": 4.5,
+            "predicted_bits_per_weight": 4.4995,
+            "measured_bits_per_weight": 4.4995,
+            "bits": {"0.a": 4, "0.b": 8, "0.c": 4},
+            "predicted_kl_divergence": 0.181,
+            "measured_kl_divergence": 0.155,
+            "tokens": 1024,
+            "measured_at_bits": 3,
+            "sensitivities": [],
+        }
+    }
+    one = record("mixed:4", details=details)
+    assert ResultRecord.from_json(json.loads(json.dumps(one.to_json()))) == one
+    old = {key: value for key, value in one.to_json().items() if key != "details"}
+    assert ResultRecord.from_json(old).details == {}
+    for language in ("en", "ja"):
+        html = fragments.results_table([one], language=language)
+        for text in ("4.4995 / 4.4995", "0.181 / 0.155", "1,024"):
+            assert text in html
+    assert "4 bits: 2, 8 bits: 1" in fragments.results_table([one], language="en")
+    assert "0.181" not in fragments.results_table([record("rtn:4")])
