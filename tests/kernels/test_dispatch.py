@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels import dispatch, torch_int4, torch_outlier, torch_w8a8
+from kernels import dispatch, torch_int4, torch_int8, torch_outlier, torch_w8a8
 from kernels.base import Kernel, Operands, Prepared, Problem
 
 INT4 = Problem(64, 128, 4, 64, False, None, "cpu", torch.bfloat16)
@@ -71,7 +71,10 @@ def test_outlier_columns_are_chosen(dtype: torch.dtype) -> None:
             ["no device cuda", "takes 8-bit inputs by token or tensor, not by outlier"],
         ),
         (dataclasses.replace(INT8, bits=4), ["takes no 8-bit inputs", "no 4-bit codes"]),
-        (dataclasses.replace(INT8, activation=None), ["no 8-bit codes"]),
+        (
+            dataclasses.replace(INT8, activation=None, symmetric=False),
+            ["no zero-points in weights"],
+        ),
         (dataclasses.replace(INT8, dtype=torch.float16), ["no float16 activations"]),
     ],
 )
@@ -130,7 +133,7 @@ def test_operands_are_not_unpacked_for_the_reference() -> None:
 @pytest.mark.parametrize("kernel", dispatch.KERNELS, ids=lambda k: k.name)
 def test_a_wrong_product_fails_the_probe(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that compares nothing would let a saturating or missing op through."""
-    modules = (torch_int4, torch_w8a8, torch_outlier)
+    modules = (torch_int4, torch_int8, torch_w8a8, torch_outlier)
     module = next(module for module in modules if module.KERNEL is kernel)
     layer = kernel.prepare
     assert isinstance(layer, type)

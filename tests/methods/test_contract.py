@@ -48,8 +48,8 @@ SPECS = [
         "gguf:q8_0", "gguf:q4_0", "gguf:q6_k", "gguf:q4_0:imatrix=true",
         "nf4:4:block_size=32:double_quant=false", "fp4:4:block_size=4096", "llm_int8:8:threshold=0",
         "mixed:arithmetic=awq", "mixed:arithmetic=rtn:preset=all-4",
-        "mixed:arithmetic=awq:pattern=*.q_proj=3;*.down_proj=5", "gptq:4:embedding_bits=8:head_bits=4",
-        "gptq:4:gptaq=true", "gptq:4:damping=channel",
+        "mixed:arithmetic=awq:pattern=*=4;*.down_proj=5", "gptq:4:gptaq=true",
+        "gptq:4:damping=channel",
     )
 ]  # fmt: skip
 CALIBRATED = [
