@@ -44,6 +44,14 @@ class AWQConfig(base.WeightConfig):
         maximum=100,
         paper="20",
     )
+    scales: str = base.option(
+        "activations",
+        "Scales from",
+        "'activations': mean|x|^r; 'both': also mean|x|^r / mean|w|^(1-r), which twice as many "
+        "candidates make twice as slow to search.",
+        choices=("activations", "both"),
+        paper="activations; its authors' later code has the other form",
+    )
     clip: bool = base.option(
         True, "Clip search", "Shrink each group's range to where its output error is least."
     )
@@ -113,13 +121,18 @@ def search_scale(
     """
     assert stats.mean_abs is not None
     importance = stats.mean_abs.clamp_min(1e-8)
+    sizes = weight.abs().mean(0).clamp_min(1e-8)
     best_loss, best = float("inf"), torch.ones_like(importance)
     for point in range(config.grid_points):
-        scale = importance.pow(point / config.grid_points)
-        scale = fold_scale(block, fold, scale / (scale.max() * scale.min()).sqrt())
-        loss = output_error(weight, scale, moment, config)
-        if loss < best_loss:
-            best_loss, best = loss, scale
+        exponent = point / config.grid_points
+        forms = [importance.pow(exponent)]
+        if config.scales == "both":
+            forms.append(forms[0] / sizes.pow(1 - exponent))
+        for scale in forms:
+            scale = fold_scale(block, fold, scale / (scale.max() * scale.min()).sqrt())
+            loss = output_error(weight, scale, moment, config)
+            if loss < best_loss:
+                best_loss, best = loss, scale
     return best
 
 

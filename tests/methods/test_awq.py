@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,12 +43,20 @@ def round_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool) ->
     return out
 
 
-def candidates(block: Block, fold: Fold, x: Tensor, points: int) -> list[Tensor]:
-    """s_j = mean|x_j|^r for r = 0, 1/n, …, mid-range 1; the query heads of a group share theirs."""
+def candidates(
+    block: Block, fold: Fold, x: Tensor, weight: Tensor, points: int, both: bool
+) -> list[Tensor]:
+    """s_j = mean|x_j|^r for r = 0, 1/n, …, mid-range 1, and with `both` also each of them over
+    mean|w_j|^(1-r); the query heads of a group share theirs."""
     found = []
-    for point in range(points):
+    for point, over_weights in itertools.product(range(points), (False, True)):
+        if over_weights and not both:
+            continue
         scale = torch.tensor([float(x[:, j].abs().mean()) for j in range(x.shape[1])])
         scale = scale.double() ** (point / points)
+        if over_weights:
+            sizes = [float(weight[:, j].abs().mean()) for j in range(x.shape[1])]
+            scale = scale / torch.tensor(sizes).double() ** (1 - point / points)
         scale = scale / (scale.max() * scale.min()).sqrt()
         if fold.kind == "value":
             group = block.heads // block.kv_heads
@@ -58,13 +68,16 @@ def candidates(block: Block, fold: Fold, x: Tensor, points: int) -> list[Tensor]
     return found
 
 
+@pytest.mark.parametrize("scales", ["activations", "both"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_the_scale_search_finds_the_best_exponent(name: str, bits: int, symmetric: bool) -> None:
+def test_the_scale_search_finds_the_best_exponent(
+    name: str, bits: int, symmetric: bool, scales: str
+) -> None:
     model = planted(name)
     block, stats, seen = block_of(model), statistics(model, "awq"), inputs(model)
-    config = AWQConfig(bits=bits, group_size=32, symmetric=symmetric, grid_points=10)
+    config = AWQConfig(bits=bits, group_size=32, symmetric=symmetric, grid_points=10, scales=scales)
     exponents = set()
     for fold in block.folds:
         first = fold.targets[0]
@@ -73,7 +86,7 @@ def test_the_scale_search_finds_the_best_exponent(name: str, bits: int, symmetri
         assert moment is not None
         found = search_scale(block, fold, weight, moment, stats[first], config)
         x, losses = seen[first], []
-        tried = candidates(block, fold, x, 10)
+        tried = candidates(block, fold, x, weight, 10, scales == "both")
         for scale in tried:
             quantized = round_groups(weight.double() * scale, bits, 32, symmetric) / scale
             losses.append(output_error(weight, quantized, x))

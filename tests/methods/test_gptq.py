@@ -232,14 +232,17 @@ def test_equal_streams_leave_plain_gptq() -> None:
 
 
 def test_damping_by_channel_does_not_depend_on_the_units_of_a_channel() -> None:
-    """Scale channels by powers of 2, and their columns back: only the mean damping notices."""
-    weight, x = 256 * random(8, 64, seed=1), correlated(300, 64, seed=2)  # normal float16 steps
+    """With x_j in other units, U_j is in their inverse: a massive channel cannot swamp the others.
+    Damping by the mean is no such thing."""
+    moment, alive = moment_of(correlated(300, 64, seed=2)), torch.zeros(64, dtype=torch.bool)
     units = 2.0 ** torch.arange(64).remainder(9)
-    config = GPTQConfig(group_size=1, act_order=False, clip=False)
-    for damping, same in (("channel", True), ("mean", False)):
-        one = gptq(weight, moment_of(x), replace(config, damping=damping))[0]
-        other = gptq(weight / units, moment_of(x * units), replace(config, damping=damping))[0]
-        assert (float((one == other).float().mean()) > 0.99) == same
+    for own in (True, False):
+        upper = inverse_factor(moment, alive, 0.1, own)
+        other = inverse_factor(moment * units * units[:, None], alive, 0.1, own) * units
+        assert torch.allclose(upper, other, rtol=1e-4, atol=1e-5 * float(upper.max())) == own
+    damped = moment.double() + 0.1 * moment.double().diagonal().diag()
+    upper = inverse_factor(moment, alive, 0.1, own=True).double()
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(64).double(), rtol=0, atol=1e-4)
 
 
 def test_uncorrelated_inputs_leave_plain_rounding() -> None:
