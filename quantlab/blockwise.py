@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantlab.calibration import ActStats, BlockRunner
 from quantlab.errors import MethodError
+from quantlab.grid import all_finite
 from quantlab.layers import QuantLinear, replace_linear
 from quantlab.methods.base import Quantizer
 from quantlab.models import Block, LoadedModel, block_list, get_block
@@ -35,7 +36,7 @@ def quantize_blocks(
         step(index, count)
         block = get_block(model.module, model.family, index)
         for path, linear in block.linears.items():
-            if not bool(torch.isfinite(linear.weight).all()):
+            if not all_finite(linear.weight):
                 raise MethodError(f"block {index}: the weights of {path} are not finite")
         stats: dict[str, ActStats] = {}
         if runner is not None:
