@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantlab.calibration import ActStats, BlockRunner
 from quantlab.errors import MethodError
+from quantlab.grid import all_finite
 from quantlab.layers import QuantLinear, replace_linear
 from quantlab.methods.base import Quantizer, Step
 from quantlab.models import Block, LoadedModel, block_list, get_block
@@ -74,7 +75,7 @@ def train_blocks(
 def check_finite(block: Block) -> None:
     """Raise MethodError when a linear of the block has weights that are not finite."""
     for path, linear in block.linears.items():
-        if not bool(torch.isfinite(linear.weight).all()):
+        if not all_finite(linear.weight):
             raise MethodError(f"block {block.index}: the weights of {path} are not finite")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ StatKind = Literal[
     "second_moment", "range", "mean", "sample", "square", "cross_moment", "histogram"
 ]
 SAMPLE_ROWS = 256
+STRIP = 256
+"""Columns of x^T x that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,11 @@ class _Accumulator:
         if "second_moment" in self.kinds:
             if self.square is None:
                 self.square = x.new_zeros(x.shape[1], x.shape[1])
+            # Symmetric: the columns right of each strip suffice, 7/12 of the work at 6 strips.
             with torch.autocast("cpu", enabled=False):
-                self.square.addmm_(x.t(), x)
+                for start in range(0, x.shape[1], STRIP):
+                    stop = start + STRIP
+                    self.square[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
         if "range" in self.kinds:
             low, high = x.amin(0), x.amax(0)
             self.low = low if self.low is None else torch.minimum(self.low, low)
@@ -107,9 +113,13 @@ class _Accumulator:
         self.tokens += x.shape[0]
 
     def result(self) -> ActStats:
+        moment = None
+        if self.square is not None:
+            upper = self.square.triu() / self.tokens
+            moment = upper + upper.triu(1).t()
         return ActStats(
             tokens=self.tokens,
-            second_moment=None if self.square is None else self.square / self.tokens,
+            second_moment=moment,
             low=self.low,
             high=self.high,
             mean_abs=None if self.total is None else self.total / self.tokens,
@@ -121,7 +131,7 @@ class _Accumulator:
 
 
 class _Reached(Exception):
-    """Ends a forward pass once the first block's input is known."""
+    """Ends a forward pass once what it was run for is known."""
 
 
 class BlockRunner:
@@ -232,8 +242,17 @@ class BlockRunner:
         leader: dict[str, str] = {}
         current: list[tuple[Tensor, str]] = []
         originals: dict[str, Tensor] = {}
+        calls = calls_a_pass = 0
 
         def hook(path: str, inputs: Tensor) -> None:
+            nonlocal calls
+            calls += 1
+            gather(path, inputs)
+            if calls == calls_a_pass and not advance:
+                # What follows the last linear's input (itself, first of all) changes nothing here.
+                raise _Reached
+
+        def gather(path: str, inputs: Tensor) -> None:
             for tensor, first in current:
                 if tensor is inputs:
                     leader[path] = first
@@ -245,12 +264,15 @@ class BlockRunner:
         outputs, original_outputs = [], []
         for index, hidden in enumerate(self.hidden):
             if beside is not None:
-                output = self.run(block, beside[index], originals.__setitem__)
-                original_outputs.append(output.float())
+                original_outputs.append(
+                    self.run(block, beside[index], originals.__setitem__).float()
+                )
             current.clear()
-            output = self.run(block, hidden, hook)
-            if advance:
-                outputs.append(output.float())
+            calls_a_pass, calls = calls, 0
+            with suppress(_Reached):
+                output = self.run(block, hidden, hook)
+                if advance:
+                    outputs.append(output.float())
         self._original_outputs = original_outputs
         if advance:
             self.hidden = outputs

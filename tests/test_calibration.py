@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from quantlab.calibration import SAMPLE_ROWS, ActStats, BlockRunner, StatKind
+from quantlab.calibration import (
+    SAMPLE_ROWS,
+    ActStats,
+    BlockRunner,
+    StatKind,
+    _Accumulator,
+)
 from quantlab.errors import ModelError
 from quantlab.models import LoadedModel, block_list
 from quantlab.models.loading import prepare_module
@@ -275,3 +281,37 @@ def test_a_linear_that_never_runs_is_named() -> None:
 def test_the_largest_magnitude_is_of_either_sign() -> None:
     stats = ActStats(1, low=torch.tensor([-3.0, 1.0]), high=torch.tensor([2.0, 4.0]))
     assert stats.max_abs.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("strip", [1, 7, 20, 256])
+def test_the_second_moment_is_whole_and_symmetric_whatever_the_strips(
+    strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantlab.calibration.STRIP", strip)
+    x = torch.randn(50, 20, generator=torch.Generator().manual_seed(3))
+    sums = _Accumulator(frozenset({"second_moment"}), 1)
+    for batch in x.split(16):
+        sums.add(batch)
+    moment = sums.result().second_moment
+    near(moment, x.double().t() @ x.double() / 50, 1.0)
+    assert moment is not None
+    assert torch.equal(moment, moment.t())
+
+
+def test_collecting_stops_a_pass_at_the_last_linear() -> None:
+    """Every pass but the first spares the last linear itself, and loses no input."""
+    model = tiny("llama")
+    runner = BlockRunner(model, token_ids(4, LENGTH), batch_tokens=LENGTH)
+    block = block_of(model, 0)
+    last = block.linears[list(block.linears)[-1]]
+    ran = 0
+
+    def count(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+
+    handle = last.register_forward_hook(count)
+    stats = runner.collect(block, KINDS)
+    handle.remove()
+    assert ran == 1
+    assert {value.tokens for value in stats.values()} == {4 * LENGTH}

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantlab.errors import ConfigError
-from quantlab.grid import SHRINK, by_group, find_grid, from_codes, range_to_grid, spread, to_codes
+from quantlab.grid import (
+    SHRINK,
+    all_finite,
+    by_group,
+    find_grid,
+    from_codes,
+    range_to_grid,
+    spread,
+    to_codes,
+)
 
 
 def quantized(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
@@ -194,3 +203,15 @@ def test_scales_are_rounded_before_use() -> None:
         assert torch.equal(scale, scale.half().float())
     tiny, _ = find_grid(weight * 1e-9, 4, 16, symmetric=False, scale_dtype=torch.float16)
     assert bool((tiny > 0).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found(value: float, dtype: torch.dtype) -> None:
+    weight = torch.linspace(-1, 1, 21, dtype=dtype).reshape(3, 7)
+    assert all_finite(weight)
+    assert all_finite(weight[:0])
+    for place in range(weight.numel()):
+        changed = weight.clone().flatten()
+        changed[place] = value
+        assert not all_finite(changed.view(3, 7))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantlab.errors import ConfigError, MethodError
+from quantlab.grid import all_finite
 
 from . import iq4_nl, plain, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from .block import BlockFormat, clamp_input, exact_sqrt
@@ -96,7 +97,7 @@ def quantize_rows(weight: Tensor, name: str, importance: Tensor | None = None) -
 
     def work(start: int) -> None:
         chunk = weight[start : start + step].to(torch.float32)
-        if not bool(chunk.isfinite().all()):
+        if not all_finite(chunk):
             raise MethodError("weights hold NaN or infinity; quantizing needs finite numbers")
         error_weights = None
         if column_weights is not None:

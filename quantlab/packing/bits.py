@@ -34,13 +34,13 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed[:, :count]
     if bits == 4:
         pair = torch.stack((packed & 15, packed >> 4), -1)
-        return pair.reshape(packed.shape[0], -1)[:, :count]
+        return pair.flatten(1)[:, :count]
     padded: Tensor = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).to(torch.int64)
-    groups = padded.reshape(packed.shape[0], -1, bits)
+    groups = padded.unflatten(1, (-1, bits))
     word = (groups << (torch.arange(bits, device=packed.device) * 8)).sum(-1)
     shifts = torch.arange(8, device=packed.device) * bits
     codes: Tensor = ((word[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8)
-    return codes.reshape(packed.shape[0], -1)[:, :count]
+    return codes.flatten(1)[:, :count]
 
 
 def packed_width(count: int, bits: int) -> int:

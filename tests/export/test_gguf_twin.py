@@ -14,10 +14,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from quantlab.export.gguf_header import read_header
 
 from quantlab.blockwise import quantize_blocks, quantize_outer
 from quantlab.export import gguf
-from quantlab.export.gguf_header import read_header
 from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.methods import METHODS
 from quantlab.methods.gguf import GGUFConfig

@@ -221,6 +221,25 @@ def test_threads_are_as_before() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q4_k"])
+def test_threads_share_the_rows_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads write the bytes of one, ragged last chunk included, and a refusal gets out."""
+    monkeypatch.setattr("quantlab.ggml._CHUNK_WEIGHTS", 4 * 256)
+    weight = torch.randn(4 * 7 + 1, 256, generator=torch.Generator().manual_seed(5))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = quantize_rows(weight, name)
+        torch.set_num_threads(3)
+        assert torch.equal(quantize_rows(weight, name), expected)
+        weight[-1, -1] = torch.inf
+        with pytest.raises(MethodError, match="finite"):
+            quantize_rows(weight, name)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_refusals_say_what_would_be_right() -> None:
     weight = torch.ones(2, 576)
     with pytest.raises(ConfigError, match="q4_k needs a multiple of 256 columns, not 576"):
