@@ -79,7 +79,7 @@ def estimate(spec: RunSpec) -> Estimate:
         config = configure(variant, spec.group_size)
         needs = method.needs_for(config)
         if needs:
-            passes = 1 + method.sees_error + ("cross_moment" in needs)
+            passes = 1.0 + method.sees_error + ("cross_moment" in needs)
             seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY)
         if method.trains:
             passes = method.train_passes(config)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -179,7 +180,7 @@ class EfficientQAT(base.Quantizer):
                 install(block, linears)
                 losses = train_block(
                     block.module,
-                    lambda hidden, block=block: runner.run(block, hidden),
+                    partial(runner.run, block),
                     own_stream,
                     targets,
                     Rates(
@@ -190,9 +191,7 @@ class EfficientQAT(base.Quantizer):
                     ),
                     config.block_epochs,
                     workshop.seed + index,
-                    lambda step, done=done, total=total: workshop.report(
-                        "block_ap", done + step, total
-                    ),
+                    partial(_report, workshop, done, total),
                 )
                 freeze_block(block, linears)
                 keep_block(block, losses, workshop)
@@ -215,6 +214,10 @@ class EfficientQAT(base.Quantizer):
     def train_passes(self, config: EfficientQATConfig) -> float:
         """A step of training is three forward passes; the original's targets are another."""
         return 3.0 * config.block_epochs + 3.5 * config.e2e_epochs + 4.0
+
+
+def _report(workshop: Workshop, before: int, total: int, step: int) -> None:
+    workshop.report("block_ap", before + step, total)
 
 
 @torch.no_grad()
