@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 
@@ -338,6 +339,17 @@ def test_simulated_tiles_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     got = layer(random(2, 96))
     assert rows == [10, 10, 10, 10, 8]
     assert torch.equal(got, want)
+
+
+def test_the_threshold_reaches_the_kernel() -> None:
+    """Beside 3,000 in one step of 24, the other numbers of the row would all be 0."""
+    weight, x = round_rows(random(48, 96), 6.0), random(9, 96, 4)
+    x[2, 7] = 3000.0
+    off = (QuantLinear(weight, None, dtype=torch.float32)(x) - meaning(weight, x, None)).abs()
+    assert float(off.max()) < 0.02
+    plain = dataclasses.replace(weight, threshold=0.0)
+    off = (QuantLinear(plain, None, dtype=torch.float32)(x) - meaning(weight, x, None)).abs()
+    assert float(off.max()) > 10
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
