@@ -120,7 +120,7 @@ def test_one_massive_activation_and_what_each_observer_makes_of_it() -> None:
         off = (got - want).norm(dim=1) / want.norm(dim=1)
         others[key], massive[key] = float(off[1:].mean()), float(off[0])
     assert others["dynamic"] < 0.02
-    assert others["percentile"] < 0.05
+    assert others["percentile"] < 0.25
     assert min(others["minmax"], others["mse"]) > 0.5
     assert massive["percentile"] > 0.9
     assert max(massive[key] for key in ("minmax", "mse", "dynamic")) < 0.02
