@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -164,42 +165,39 @@ class EfficientQAT(base.Quantizer):
         float_stream = runner.hidden  # before the current block, in the original
         own_stream = list(runner.hidden)  # the same after the quantized blocks
         count = len(block_list(model.module, model.family))
-        steps = config.block_epochs * len(own_stream)
+        steps = max(config.block_epochs * len(own_stream), 1)
+        rates = Rates(
+            weights=config.block_rate,
+            steps=config.step_rate,
+            zeros=config.step_rate,
+            others=0.1 * config.step_rate,
+        )
         curves = workshop.curves.setdefault("block_ap", [])
         for index in range(count):
-            done, total = index * max(steps, 1), count * max(steps, 1)
-            workshop.report("block_ap", done, total)
+            workshop.report("block_ap", index * steps, count * steps)
             block = get_block(model.module, model.family, index)
             targets = [runner.run(block, hidden).float() for hidden in float_stream]
             losses = restore_block(block, config, workshop)
             if losses is None:
                 runner.hidden = own_stream
-                stats = runner.collect(block, self.needs)
-                linears = self._begin(block, stats, config)
+                linears = self._begin(block, runner.collect(block, self.needs), config)
                 install(block, linears)
                 losses = train_block(
                     block.module,
-                    lambda hidden, block=block: runner.run(block, hidden),
+                    partial(runner.run, block),
                     own_stream,
                     targets,
-                    Rates(
-                        config.block_rate,
-                        config.step_rate,
-                        config.step_rate,
-                        0.1 * config.step_rate,
-                    ),
+                    rates,
                     config.block_epochs,
                     workshop.seed + index,
-                    lambda step, done=done, total=total: workshop.report(
-                        "block_ap", done + step, total
-                    ),
+                    partial(workshop.report_part, "block_ap", index * steps, count * steps),
                 )
                 freeze_block(block, linears)
                 keep_block(block, losses, workshop)
             curves.append(losses)
             own_stream = [runner.run(block, hidden).float() for hidden in own_stream]
             float_stream = targets
-        workshop.report("block_ap", 1, 1)
+        workshop.report("block_ap", count * steps, count * steps)
 
     def _begin(
         self, block: Block, stats: Mapping[str, ActStats], config: EfficientQATConfig
