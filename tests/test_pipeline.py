@@ -398,3 +398,16 @@ def test_estimates_grow_with_the_work(home: Path) -> None:
     large = RunSpec(variants=parse_variants("bf16,gptq:4,awq:4"), eval_tokens=16384)
     assert 0 < pipeline.estimate(small).seconds < pipeline.estimate(large).seconds
     assert pipeline.estimate(RunSpec(model="no/such")).note
+
+
+def test_estimates_know_that_training_takes_long(home: Path) -> None:
+    """In forward passes over the calibration tokens: some 25, where GPTQ takes about two."""
+
+    def seconds(*labels: str) -> float:
+        variants = tuple(parse_variant(label) for label in labels)
+        return pipeline.estimate(RunSpec(variants=variants)).seconds
+
+    plain = seconds("gptq:2")
+    assert seconds("efficientqat:2") - plain > 4 * (plain - seconds("rtn:2"))
+    assert seconds("qat:2") > plain
+    assert seconds("efficientqat:2:e2e_epochs=9") > seconds("efficientqat:2")

@@ -165,40 +165,39 @@ class EfficientQAT(base.Quantizer):
         float_stream = runner.hidden  # before the current block, in the original
         own_stream = list(runner.hidden)  # the same after the quantized blocks
         count = len(block_list(model.module, model.family))
-        steps = config.block_epochs * len(own_stream)
+        steps = max(config.block_epochs * len(own_stream), 1)
+        rates = Rates(
+            weights=config.block_rate,
+            steps=config.step_rate,
+            zeros=config.step_rate,
+            others=0.1 * config.step_rate,
+        )
         curves = workshop.curves.setdefault("block_ap", [])
         for index in range(count):
-            done, total = index * max(steps, 1), count * max(steps, 1)
-            workshop.report("block_ap", done, total)
+            workshop.report("block_ap", index * steps, count * steps)
             block = get_block(model.module, model.family, index)
             targets = [runner.run(block, hidden).float() for hidden in float_stream]
             losses = restore_block(block, config, workshop)
             if losses is None:
                 runner.hidden = own_stream
-                stats = runner.collect(block, self.needs)
-                linears = self._begin(block, stats, config)
+                linears = self._begin(block, runner.collect(block, self.needs), config)
                 install(block, linears)
                 losses = train_block(
                     block.module,
                     partial(runner.run, block),
                     own_stream,
                     targets,
-                    Rates(
-                        config.block_rate,
-                        config.step_rate,
-                        config.step_rate,
-                        0.1 * config.step_rate,
-                    ),
+                    rates,
                     config.block_epochs,
                     workshop.seed + index,
-                    partial(_report, workshop, done, total),
+                    partial(workshop.report_part, "block_ap", index * steps, count * steps),
                 )
                 freeze_block(block, linears)
                 keep_block(block, losses, workshop)
             curves.append(losses)
             own_stream = [runner.run(block, hidden).float() for hidden in own_stream]
             float_stream = targets
-        workshop.report("block_ap", 1, 1)
+        workshop.report("block_ap", count * steps, count * steps)
 
     def _begin(
         self, block: Block, stats: Mapping[str, ActStats], config: EfficientQATConfig
@@ -214,10 +213,6 @@ class EfficientQAT(base.Quantizer):
     def train_passes(self, config: EfficientQATConfig) -> float:
         """A step of training is three forward passes; the original's targets are another."""
         return 3.0 * config.block_epochs + 3.5 * config.e2e_epochs + 4.0
-
-
-def _report(workshop: Workshop, before: int, total: int, step: int) -> None:
-    workshop.report("block_ap", before + step, total)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from quantlab.training.loops import Rates, last_states, train_model
 from quantlab.training.start import begin, install
 from quantlab.training.workshop import Workshop
 
-SAVE_EVERY = 32
+SAVE_EVERY = 8
 """Steps between checkpoints, which are large: every weight with both of AdamW's moments."""
 
 

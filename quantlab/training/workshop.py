@@ -36,6 +36,10 @@ class Workshop:
         """Spent on what was found in checkpoints, by the runs that were stopped."""
         return self._before
 
+    def report_part(self, stage: str, before: int, total: int, done: int) -> None:
+        """Report `done` steps of a part that begins after `before` of the stage's `total`."""
+        self.report(stage, before + done, total)
+
     def save(self, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Keep `tensors` and `state` (JSON) under `name`. Raises: OSError on a full disk."""
         from safetensors.torch import save_file
