@@ -130,10 +130,12 @@ def _quantize(
         config,
         lambda done, total: emit(Progress(variant.label, "plan", done, total, 0.0)),
     )
-    # Blocks see the error of the embedding as well.
-    packed = pack_outer(model, config)
+    # Blocks see the error of the embedding as well; training needs gradients through the head.
+    packed = {} if method.trains else pack_outer(model, config)
     workshop = _workshop(variant, model.source, ids, spec, emit)
     packed |= _packed(variant, model, ids, plan, workshop, emit)
+    if method.trains:
+        packed |= pack_outer(model, config)
     outer = quantize_outer(model, method, config) if as_gguf else {}
     details = method.report(model, plan, packed)
     seconds = time.perf_counter() - started + workshop.earlier_seconds

@@ -26,7 +26,7 @@ from quantlab.packing import Activation, PackedWeight
 
 
 @dataclass(frozen=True)
-class DynamicInt8Config(base.Config):
+class DynamicInt8Config(base.WeightConfig):
     bits: int = base.option(8, "Bits", "Bits of weights and activations.", choices=(8,))
     activations: str = base.option(
         "tensor",

@@ -38,7 +38,7 @@ SAVE_EVERY = 8
 
 
 @dataclass(frozen=True)
-class EfficientQATConfig(base.Config):
+class EfficientQATConfig(base.WeightConfig):
     bits: int = base.option(2, "Bits", "Bits a weight.", minimum=2, maximum=4)
     group_size: int = base.option(
         64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="64, 128"

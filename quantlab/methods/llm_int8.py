@@ -30,7 +30,7 @@ SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
-class LLMInt8Config(base.Config):
+class LLMInt8Config(base.WeightConfig):
     bits: int = base.option(8, "Bits", "Bits of weights and activations.", choices=(8,))
     threshold: float = base.option(
         6.0,

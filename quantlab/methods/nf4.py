@@ -20,7 +20,7 @@ from quantlab.packing import PackedWeight, codebook_weight
 
 
 @dataclass(frozen=True)
-class NF4Config(base.Config):
+class NF4Config(base.WeightConfig):
     bits: int = base.option(4, "Bits", "Bits a weight.", choices=(4,))
     block_size: int = base.option(
         64, "Block size", "Consecutive weights that share one scale.", choices=BLOCK_SIZES

@@ -31,7 +31,7 @@ SAVE_EVERY = 8
 
 
 @dataclass(frozen=True)
-class QATConfig(base.Config):
+class QATConfig(base.WeightConfig):
     bits: int = base.option(4, "Bits", "Bits a weight.", minimum=2, maximum=4)
     group_size: int = base.option(
         64, "Group size", "Weights that share one scale.", minimum=8, maximum=65536, paper="a row"

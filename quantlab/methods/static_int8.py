@@ -29,7 +29,7 @@ from quantlab.packing import PackedWeight
 
 
 @dataclass(frozen=True)
-class StaticInt8Config(base.Config):
+class StaticInt8Config(base.WeightConfig):
     bits: int = base.option(8, "Bits", "Bits of weights and activations.", choices=(8,))
     observer: str = base.option(
         "minmax",
