@@ -300,7 +300,8 @@ UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 def files() -> Iterator[Path]:
     for folder, below, names in os.walk(ROOT):
         below[:] = [name for name in below if name not in SKIPPED and "cache" not in name]
-        yield from (Path(folder) / name for name in names if Path(name).suffix in TEXT)
+        found = (Path(folder) / name for name in names if name not in SKIPPED)
+        yield from (path for path in found if path.suffix in TEXT)
 
 
 def occurrences(pattern: re.Pattern[str]) -> list[str]:

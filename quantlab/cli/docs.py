@@ -16,7 +16,7 @@ from pathlib import Path
 
 def method_table() -> str:
     """Every registered method as a row of a Markdown table."""
-    from quantlab.methods import METHODS
+    from quantlab.methods import METHODS, Quantizer
 
     lines = [
         "| `--methods` | method | bits | calibration | what it does | source |",
@@ -24,7 +24,8 @@ def method_table() -> str:
     ]
     for method in METHODS.values():
         bits = ", ".join(map(str, sorted(method.bits))) or "–"
-        needs = "yes" if method.needs else "no"
+        asked = type(method).needs_for is not Quantizer.needs_for
+        needs = "yes" if method.needs else "if asked" if asked else "no"
         summary = method.summary.replace("|", "\\|")
         cells = (f"`{method.name}`", method.title, bits, needs, summary, method.paper or "–")
         lines.append(f"| {' | '.join(cells)} |")
@@ -33,7 +34,7 @@ def method_table() -> str:
 
 def option_list() -> str:
     """The options of every method, as `methods` prints them."""
-    from quantlab.cli.listing import option_lines
+    from quantlab.cli.listing import option_lines, shared_lines
     from quantlab.methods import METHODS
 
     parts = []
@@ -41,6 +42,7 @@ def option_list() -> str:
         lines = [f"    {line}" for line in option_lines(method)]
         if lines:
             parts.append("\n".join([method.name, *lines]))
+    parts += shared_lines()
     return "```text\n" + "\n".join(parts) + "\n```"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quantlab.cli.options import AsJson
@@ -44,6 +45,8 @@ def methods(json: AsJson = False) -> None:
         print(f"{method.name}{_choices(method)}  {method.title}: {method.summary}")
         for line in option_lines(method):
             print(f"    {line}")
+    for line in shared_lines():
+        print(line)
 
 
 def describe(method: Quantizer) -> dict[str, Any]:
@@ -65,22 +68,47 @@ def describe(method: Quantizer) -> dict[str, Any]:
 
 
 def option_lines(method: Quantizer) -> Iterator[str]:
-    """`name=default  label; range` for each option that `name=value` can set."""
+    """`name=default  help (range)` for each option of the method's own."""
+    from quantlab.methods.base import WeightConfig
+
+    shared = {field.name: field.default for field in dataclasses.fields(WeightConfig)}
     for option in describe(method)["options"]:
-        if option["choices"]:
-            allowed = " | ".join(map(_plain, option["choices"]))
-        elif isinstance(option["default"], bool):
-            allowed = "true | false"
-        else:
-            low, high = option["minimum"], option["maximum"]
-            ends = [
-                f"from {low}" if low is not None else "",
-                f"to {high}" if high is not None else "",
-            ]
-            allowed = " ".join(filter(None, ends))
-        help = option["help"].rstrip(".")
-        text = f"{option['name']}={_plain(option['default'])}  {help}"
-        yield f"{text} ({allowed})" if allowed else text
+        if shared.get(option["name"], math.nan) != option["default"]:
+            yield _option_line(option)
+
+
+def shared_lines() -> Iterator[str]:
+    """The options that many methods have alike, below the names of these methods."""
+    from quantlab.methods import METHODS
+    from quantlab.methods.base import WeightConfig
+
+    shared = {field.name: field.default for field in dataclasses.fields(WeightConfig)}
+    having = [
+        method
+        for method in METHODS.values()
+        if shared.items() <= {f.name: f.default for f in dataclasses.fields(method.Config)}.items()
+    ]
+    yield ", ".join(method.name for method in having)
+    for option in describe(having[0])["options"]:
+        if option["name"] in shared:
+            yield f"    {_option_line(option)}"
+
+
+def _option_line(option: Mapping[str, Any]) -> str:
+    if option["choices"]:
+        allowed = " | ".join(map(_plain, option["choices"]))
+    elif isinstance(option["default"], bool):
+        allowed = "true | false"
+    else:
+        low, high = option["minimum"], option["maximum"]
+        ends = [
+            f"from {low}" if low is not None else "",
+            f"to {high}" if high is not None else "",
+        ]
+        allowed = " ".join(filter(None, ends))
+    help = option["help"].rstrip(".")
+    text = f"{option['name']}={_plain(option['default'])}  {help}"
+    return f"{text} ({allowed})" if allowed else text
 
 
 def _choices(method: Quantizer) -> str:
