@@ -138,3 +138,60 @@ def _rounded(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
         return scale, zero
     tiny = torch.finfo(dtype).tiny
     return scale.clamp_min(tiny).to(dtype).float(), zero
+
+
+ROW_SYSTEMS = 2**22
+"""Numbers in the linear systems of `refit_scales` that are in memory at one time."""
+
+
+def refit_scales(
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_size: int,
+    moment: Tensor,
+    *,
+    damping: float,
+    scale_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """The steps that serve fixed codes best: float32 [rows, groups].
+
+    With v_g the row's `code - zero` inside group g and 0 elsewhere, the row is sum_g s_g v_g, and
+    its squared output error (w - sum_g s_g v_g) M (...)^T is least where
+
+        sum_h (v_g M v_h^T) s_h = v_g M w^T        for every group g
+
+    All arguments float32: weight, codes [rows, columns]; scale, zero [rows, groups]; moment
+    [columns, columns], the inputs' second moment, to whose diagonal `damping` times its mean is
+    added to make M. Rows keep their steps where the new ones, rounded to `scale_dtype`, are no
+    better or are not positive.
+    """
+    columns, groups = weight.shape[1], scale.shape[1]
+    moment = moment.clone()
+    moment.diagonal().add_(damping * float(moment.diagonal().mean()))
+    member = torch.zeros(columns, groups)
+    member[torch.arange(columns), torch.arange(columns) // group_size] = 1.0
+    refitted = []
+    count = max(ROW_SYSTEMS // groups**2, 1)
+    parts = [tensor.split(count) for tensor in (weight, codes, scale, zero)]
+    for w, c, s, z in zip(*parts, strict=True):
+        values = c - spread(z, group_size, columns)
+        right = ((w @ moment) * values) @ member
+        system = torch.empty(len(w), groups, groups)
+        for g in range(groups):
+            inside = slice(g * group_size, min((g + 1) * group_size, columns))
+            system[:, g] = ((values[:, inside] @ moment[inside]) * values) @ member
+        # A little weight on the old steps keeps groups of zeros solvable, and as they are.
+        ridge = 1e-4 * system.diagonal(dim1=1, dim2=2) + TINY
+        found = torch.linalg.solve(system + torch.diag_embed(ridge), right + ridge * s)
+        found = found.to(scale_dtype).float()
+        usable = (torch.isfinite(found) & (found >= torch.finfo(scale_dtype).tiny)).all(1)
+        better = quadratic(system, right, found) < quadratic(system, right, s)
+        refitted.append(torch.where((usable & better)[:, None], found, s))
+    return torch.cat(refitted)
+
+
+def quadratic(system: Tensor, right: Tensor, s: Tensor) -> Tensor:
+    """s A s^T - 2 b s^T of every row: float32 [rows]."""
+    return ((system @ s[..., None]).squeeze(-1) * s).sum(-1) - 2 * (right * s).sum(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +17,11 @@ from quantlab.grid import (
     find_grid,
     from_codes,
     range_to_grid,
+    refit_scales,
     spread,
     to_codes,
 )
+from tests.tiny import random
 
 
 def quantized(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:
@@ -215,3 +218,61 @@ def test_one_value_that_is_not_finite_is_found(value: float, dtype: torch.dtype)
         changed = weight.clone().flatten()
         changed[place] = value
         assert not all_finite(changed.view(3, 7))
+
+
+# --- refitted scales ---------------------------------------------------------------------------
+
+
+def refit_case(seed: int, bits: int, columns: int = 44) -> dict[str, Tensor]:
+    """A weight rounded on its grids, and a second moment in which channels hang together."""
+    inputs = random(200, columns, seed=seed) @ random(columns, columns, seed=seed + 1)
+    weight = random(5, columns, seed=seed + 2)
+    scale, zero = find_grid(weight, bits, 16, symmetric=False, scale_dtype=torch.float16)
+    codes = to_codes(weight, spread(scale, 16, columns), spread(zero, 16, columns), bits)
+    moment = inputs.T @ inputs / len(inputs) + torch.eye(columns)
+    return {"weight": weight, "codes": codes, "scale": scale, "zero": zero, "moment": moment}
+
+
+def output_errors(case: dict[str, Tensor], scale: Tensor) -> Tensor:
+    columns = case["weight"].shape[1]
+    steps, zeros = spread(scale, 16, columns), spread(case["zero"], 16, columns)
+    error = from_codes(case["codes"], steps, zeros) - case["weight"]
+    return ((error @ case["moment"]) * error).sum(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_refitted_scales_solve_the_least_squares(bits: int) -> None:
+    """Row by row in float64: || L (w - sum_g s_g v_g) || with L^T L = M, by numpy."""
+    case = refit_case(3, bits)
+    found = refit_scales(**case, group_size=16, damping=0.0, scale_dtype=torch.float32)
+    factor = np.linalg.cholesky(case["moment"].double().numpy()).T
+    for row in range(5):
+        values = (case["codes"][row] - spread(case["zero"], 16, 44)[row]).double().numpy()
+        design = np.zeros((44, 3))
+        for column in range(44):
+            design[column, column // 16] = values[column]
+        target = factor @ case["weight"][row].double().numpy()
+        wanted, *_ = np.linalg.lstsq(factor @ design, target, rcond=None)
+        # The ridge of 1e-4 keeps at most that share of the old steps, times the condition.
+        np.testing.assert_allclose(found[row].numpy(), wanted, rtol=5e-3)
+    assert bool((output_errors(case, found) < 0.999 * output_errors(case, case["scale"])).any())
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), bits=st.sampled_from([2, 3, 4, 8]))
+def test_refitting_never_raises_the_error(seed: int, bits: int) -> None:
+    case = refit_case(seed, bits)
+    found = refit_scales(**case, group_size=16, damping=0.0)
+    assert torch.equal(found, found.half().float())
+    assert bool((found > 0).all())
+    before, after = output_errors(case, case["scale"]), output_errors(case, found)
+    assert bool((after <= before * (1 + 1e-4) + 1e-6).all())
+
+
+def test_groups_of_zeros_keep_their_steps() -> None:
+    case = refit_case(1, 4)
+    case["weight"][2, 16:32] = 0
+    case["codes"][2, 16:32] = case["zero"][2, 1]
+    found = refit_scales(**case, group_size=16, damping=0.0)
+    assert bool(torch.isfinite(found).all())
+    assert found[2, 1] == case["scale"][2, 1]

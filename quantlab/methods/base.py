@@ -78,7 +78,7 @@ OUTER_BITS = (16, 8, 6, 5, 4, 3, 2)
 """Widths of embedding and head; 16 leaves them alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightConfig(Config):
     """Options of every method that packs weights: the embedding and the output head as well.
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from quantlab.calibration import ActStats, StatKind
 from quantlab.errors import ConfigError, MethodError
-from quantlab.grid import find_grid, spread
+from quantlab.grid import find_grid, refit_scales, spread
 from quantlab.methods import base
 from quantlab.models import Block
 from quantlab.packing import PackedWeight, affine
@@ -63,6 +63,12 @@ class GPTQConfig(base.WeightConfig):
     )
     clip: bool = base.option(
         True, "MSE clipping", "Shrink each group's range to where its output error is least."
+    )
+    refit: bool = base.option(
+        True,
+        "Refit scales",
+        "Once the codes are fixed, give each row the scales with the least output error for them.",
+        paper="false",
     )
     damp_percent: float = base.option(
         0.1,
@@ -224,7 +230,11 @@ def gptq(
             work[stop:].addmm_(debt[start:stop, stop:].t(), work[start:stop])
     result = torch.empty_like(codes)
     result[order] = codes
-    return result.t().to(torch.uint8), scale, zero
+    final = result.t().contiguous()
+    if config.refit:
+        damping = config.damp_percent
+        scale = refit_scales(weight, final, scale, zero, group, moment, damping=damping)
+    return final.to(torch.uint8), scale, zero
 
 
 def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool = False) -> Tensor:

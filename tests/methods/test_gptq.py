@@ -13,13 +13,13 @@ from torch import Tensor
 
 from quantlab.calibration import ActStats
 from quantlab.errors import ConfigError, MethodError
-from quantlab.grid import find_grid, spread, to_codes
+from quantlab.grid import find_grid, from_codes, spread, to_codes
 from quantlab.methods import METHODS
 from quantlab.methods.gptq import LAZY_BLOCK, GPTQConfig, gptq, inverse_factor, shared_inputs
 from tests.methods.slow_grid import check_grid
 from tests.tiny import correlated, lone_block, random
 
-PLAIN = GPTQConfig(group_size=32, act_order=False, clip=False, damp_percent=0.01)
+PLAIN = GPTQConfig(group_size=32, act_order=False, clip=False, refit=False, damp_percent=0.01)
 VARIANTS = {
     "plain": PLAIN,
     "damped": replace(PLAIN, damp_percent=0.1),
@@ -44,7 +44,7 @@ VARIANTS = {
     "asymmetric, act-order, ragged, 2 bits": replace(
         PLAIN, gptaq=True, gptaq_strength=0.4, act_order=True, group_size=48, bits=2
     ),
-    "the defaults": GPTQConfig(),
+    "the defaults, before scales are refitted": GPTQConfig(refit=False),
 }
 
 
@@ -140,6 +140,23 @@ def test_codes_are_those_of_the_slow_reference(name: str) -> None:
     # float32 keeps compensated weights to about 1e-5 of themselves; an 8-bit step is 1/255 of them.
     assert furthest < 0.02 if config.bits == 8 else furthest < 2e-3
     assert differing <= 0.01 * codes.numel()
+
+
+def test_refitting_changes_scales_alone_and_helps() -> None:
+    """Less output error on inputs that calibration did not see."""
+    weight, both = random(24, 160, seed=1), correlated(1200, 160, seed=2)
+    x, unseen = both.split(600)
+    config = GPTQConfig(bits=3, group_size=32)
+    codes, scale, zero = gptq(weight, moment_of(x), replace(config, refit=False))
+    same, refitted, unmoved = gptq(weight, moment_of(x), config)
+    assert torch.equal(same, codes)
+    assert torch.equal(unmoved, zero)
+
+    def error(steps: Tensor) -> float:
+        values = from_codes(codes.float(), spread(steps, 32, 160), spread(zero, 32, 160))
+        return output_error(weight, values, unseen)
+
+    assert error(refitted) < error(scale)
 
 
 def test_the_reference_notices_a_wrong_answer() -> None:
