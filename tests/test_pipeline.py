@@ -403,9 +403,8 @@ def test_estimates_grow_with_the_work(home: Path) -> None:
 def test_estimates_know_that_training_takes_long(home: Path) -> None:
     """In forward passes over the calibration tokens: some 25, where GPTQ takes about two."""
 
-    def seconds(*labels: str) -> float:
-        variants = tuple(parse_variant(label) for label in labels)
-        return pipeline.estimate(RunSpec(variants=variants)).seconds
+    def seconds(labels: str) -> float:
+        return pipeline.estimate(RunSpec(variants=parse_variants(labels))).seconds
 
     plain = seconds("gptq:2")
     assert seconds("efficientqat:2") - plain > 4 * (plain - seconds("rtn:2"))

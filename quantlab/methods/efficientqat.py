@@ -12,7 +12,8 @@
 Source: Chen et al. 2024, arXiv 2407.11062, section 3 and equations 1-6; the target f(x) on the
 original's own inputs as in its authors' code. Different here, where a few tens of thousands of
 tokens have to do: weights start compensated as in GPTQ, learning rates are relative to the step
-size, and E2E-QP distils; the paper's choices are options.
+size, each token's error counts relative to its size, and E2E-QP distils. The paper's plain loss,
+start and goal are options.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ class EfficientQATConfig(base.WeightConfig):
         maximum=1.0,
         step=0.001,
         paper="absolute: 1e-4",
+    )
+    block_loss: str = base.option(
+        "token",
+        "Block loss",
+        "token: squared error of each token as a fraction of its size, so that a few massive "
+        "activations do not outweigh all others; mean: plain mean squared error.",
+        choices=("token", "mean"),
+        paper="mean",
     )
     e2e_epochs: int = base.option(
         3,
@@ -191,6 +200,7 @@ class EfficientQAT(base.Quantizer):
                     config.block_epochs,
                     workshop.seed + index,
                     partial(workshop.report_part, "block_ap", index * steps, count * steps),
+                    by_token=config.block_loss == "token",
                 )
                 freeze_block(block, linears)
                 keep_block(block, losses, workshop)

@@ -106,22 +106,29 @@ def train_block(
     epochs: int,
     seed: int,
     report: Callable[[int], None],
+    *,
+    by_token: bool = True,
 ) -> list[float]:
     """Train all of a block's parameters to give `targets` for `inputs`; the loss of every step.
 
     forward: runs the block (as `BlockRunner.run`) on a batch [pieces, length, width]. The loss is
-    the mean squared difference, as a fraction of the targets' mean square; the fraction makes the
-    curves of blocks comparable and leaves AdamW's steps as they are. Raises: MethodError when it
-    is not finite.
+    the squared difference as a fraction of the target's square: `by_token` of each token's and then
+    the mean, since a few tokens with massive activations would outweigh all others, and the next
+    norm divides each token by its size; otherwise of the mean square of all targets (a plain mean
+    squared error). Raises: MethodError when it is not finite.
     """
     optimizer = optimizer_of(parameter_groups(module, rates))
     order = batch_order(len(inputs), epochs, seed)
-    size = sum(float(t.square().mean()) for t in targets) / len(targets)
+    sizes = [target.square().mean(-1) for target in targets]
+    if not by_token:
+        mean = sum(float(size.mean()) for size in sizes) / len(sizes)
+        sizes = [torch.full_like(size, mean) for size in sizes]
     losses: list[float] = []
     for step, index in enumerate(order):
         report(step)
         set_rate(optimizer, step, len(order))
-        loss = (forward(inputs[index]).float() - targets[index]).square().mean() / max(size, 1e-12)
+        wrong = (forward(inputs[index]).float() - targets[index]).square().mean(-1)
+        loss = (wrong / sizes[index].clamp_min(1e-12)).mean()
         losses.append(finite(loss))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

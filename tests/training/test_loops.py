@@ -147,3 +147,21 @@ def test_without_a_folder_nothing_is_kept() -> None:
     workshop.save("part", {"a": torch.ones(1)}, {})
     assert workshop.load("part") is None
     workshop.clear()
+
+
+def test_every_token_weighs_the_same_unless_asked_otherwise() -> None:
+    """One token a thousand times as large as the others, wrong by 1%; the others by half."""
+    module = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4)})  # something to learn, unused
+    target = torch.ones(1, 4, 4)
+    target[0, 0] = 1000.0
+    wrong = target * torch.tensor([1.01, 1.5, 0.5, 1.5])[None, :, None]
+
+    def forward(x: Tensor) -> Tensor:
+        return wrong + 0 * module["norm"].weight
+
+    rates = Rates(0, 0, 0, 0.1)
+    for by_token, expected in ((True, (0.01**2 + 3 * 0.25) / 4), (False, 0.01**2)):
+        (loss,) = loops.train_block(
+            module, forward, [target], [target], rates, 1, 0, lambda _: None, by_token=by_token
+        )
+        assert loss == pytest.approx(expected, rel=0.01)
