@@ -52,7 +52,7 @@ class EfficientQATConfig(base.WeightConfig):
         paper="rounded, from minimum to maximum",
     )
     block_epochs: int = base.option(
-        3,
+        4,
         "Epochs a block",
         "Passes over the calibration tokens for every block; 0 leaves Block-AP out.",
         minimum=0,
@@ -86,7 +86,7 @@ class EfficientQATConfig(base.WeightConfig):
         paper="mean",
     )
     e2e_epochs: int = base.option(
-        3,
+        5,
         "Epochs end to end",
         "Passes over the calibration tokens for the steps of all blocks; 0 leaves E2E-QP out.",
         minimum=0,
