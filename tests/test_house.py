@@ -43,6 +43,8 @@ metrics < sensitivity < methods
 calibration < sensitivity
 methods < blockwise
 calibration < training < methods
+grid < compensation < training
+compensation < methods
 texts < training
 export < variants
 engine < onnx_engine < runners

@@ -13,7 +13,7 @@ import torch
 
 from quantlab import pipeline
 from quantlab.errors import ConfigError, MethodError, ModelError, TextError
-from quantlab.methods import METHODS, parse_variant, parse_variants
+from quantlab.methods import METHODS, parse_variants
 from quantlab.models import load
 from quantlab.results import ResultRecord
 from quantlab.store import Store

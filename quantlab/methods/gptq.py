@@ -30,13 +30,12 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration import ActStats, StatKind
+from quantlab.compensation import compensate, inverse_factor
 from quantlab.errors import ConfigError, MethodError
-from quantlab.grid import find_grid, refit_scales, spread
+from quantlab.grid import find_grid, refit_scales
 from quantlab.methods import base
 from quantlab.models import Block
 from quantlab.packing import PackedWeight, affine
-
-LAZY_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -195,70 +194,17 @@ def gptq(
     rows = weight.shape[0]
     groups = -(-columns // group)
     scale, zero = grid(weight, 0) if config.static_groups else (torch.empty(rows, groups),) * 2
-    if not config.static_groups:
-        scale, zero = scale.clone(), zero.clone()
-    column_scale = spread(scale, group, columns).t()[order].contiguous()
-    column_zero = spread(zero, group, columns).t()[order].contiguous()
-    work = weight.t()[order].contiguous()
-    codes = torch.empty_like(work)
-    top = 2**config.bits - 1
-    for start in range(0, columns, LAZY_BLOCK):
-        stop = min(start + LAZY_BLOCK, columns)
-        errors = torch.empty(stop - start, rows)
-        for j in range(start, stop):
-            if not config.static_groups and j % group == 0:
-                # The grid of a group follows from its weights as compensated so far; columns past
-                # this lazy block have not seen the block's errors yet.
-                end = min(j + group, columns)
-                pending = upper[start:j, j:end].t() @ errors[: j - start]
-                seen = work[j:end].clone()
-                seen[stop - j :] -= pending[stop - j :]
-                s, z = grid(seen.t().contiguous(), j)
-                scale[:, j // group], zero[:, j // group] = s[:, 0], z[:, 0]
-                column_scale[j:end], column_zero[j:end] = s.t(), z.t()
-            value = work[j]
-            code = torch.round(value / column_scale[j]).add_(column_zero[j]).clamp_(0, top)
-            codes[j] = code
-            quantized = (code - column_zero[j]) * column_scale[j]
-            error = (value - quantized) / upper[j, j]
-            errors[j - start] = error
-            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
-            if debt is not None:
-                work[j + 1 : stop].addr_(debt[j, j + 1 : stop], value)
-        work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
-        if debt is not None:  # rows start to stop hold the values that were rounded
-            work[stop:].addmm_(debt[start:stop, stop:].t(), work[start:stop])
-    result = torch.empty_like(codes)
-    result[order] = codes
-    final = result.t().contiguous()
+    final, scale, zero, _ = compensate(
+        weight,
+        order,
+        upper,
+        (scale, zero),
+        config.bits,
+        group,
+        regrid=None if config.static_groups else grid,
+        debt=debt,
+    )
     if config.refit:
         damping = config.damp_percent
         scale = refit_scales(weight, final, scale, zero, group, moment, damping=damping)
     return final.to(torch.uint8), scale, zero
-
-
-def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool = False) -> Tensor:
-    """U, upper triangular float32 [columns, columns], with U^T U = (H + damping)^-1.
-
-    Damping starts at `damp_percent` of the mean diagonal (with `own`, of each channel's entry) and
-    grows tenfold while the factorization fails in float32. Raises: MethodError when it never
-    succeeds.
-    """
-    moment = moment.clone()
-    diagonal = moment.diagonal()
-    diagonal[dead] = 1.0
-    # Channels that never fire get weight 1 so that they decouple without upsetting the mean.
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.mean()
-    damping = damp_percent * (diagonal.clone() if own else mean)
-    diagonal += damping
-    for _ in range(4):
-        lower, info = torch.linalg.cholesky_ex(moment)
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper: Tensor
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
-                return upper
-        diagonal += 9 * damping
-        damping = damping * 10
-    raise MethodError("gptq: H cannot be inverted; raise damp_percent or calibrate on more tokens")

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.calibration import ActStats
+from quantlab.compensation import compensate, inverse_factor
 from quantlab.errors import MethodError
-from quantlab.grid import find_grid, spread, to_codes
+from quantlab.grid import all_finite, find_grid, spread
 from quantlab.models import Block
 from quantlab.training.linears import FakeLinear
-
-LAZY_BLOCK = 128
 
 
 def compensated(
@@ -37,47 +36,17 @@ def compensated(
     float32 [rows, groups]. Values beyond the range stop at half a step outside of it, where
     straight-through gradients still reach them. Raises: MethodError when `moment` is not finite.
     """
-    if not bool(torch.isfinite(moment).all()):
+    if not all_finite(moment):
         raise MethodError("the calibration activations are not finite")
     columns = weight.shape[1]
     dead = moment.diagonal() <= 0
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    upper = _inverse_factor(moment, dead, damping, order)
-    steps = spread(scale, group_size, columns).t()[order].contiguous()
-    zeros = spread(zero, group_size, columns).t()[order].contiguous()
-    work = weight.masked_fill(dead, 0.0).t()[order].contiguous()
-    top = 2**bits - 1
-    for start in range(0, columns, LAZY_BLOCK):
-        stop = min(start + LAZY_BLOCK, columns)
-        errors = torch.empty(stop - start, weight.shape[0])
-        for j in range(start, stop):
-            code = to_codes(work[j], steps[j], zeros[j], bits)
-            error = (work[j] - (code - zeros[j]) * steps[j]) / upper[j, j]
-            errors[j - start] = error
-            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
-        work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
-    low, high = (-zeros - 0.45) * steps, (top - zeros + 0.45) * steps
-    result = torch.empty_like(work)
-    result[order] = work.clamp(low, high)
-    return result.t().contiguous()
-
-
-def _inverse_factor(moment: Tensor, dead: Tensor, damping: float, order: Tensor) -> Tensor:
-    """U, upper triangular float32, with U^T U = (H + damping)^-1 in the order given; the damping
-    grows tenfold while the factorization fails. Raises: MethodError when it never succeeds."""
-    mean = moment.diagonal()[~dead].mean() if bool((~dead).any()) else moment.new_ones(())
-    moment = moment[order][:, order].double()
-    moment.diagonal()[dead[order]] = float(mean)
-    for attempt in range(5):
-        damped = moment.clone()
-        damped.diagonal().add_(damping * 10**attempt * float(mean))
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0:
-                factor: Tensor = upper.float()
-                return factor
-    raise MethodError("the second moments of the calibration activations cannot be inverted")
+    upper = inverse_factor(moment[order][:, order], dead[order], damping)
+    weight = weight.masked_fill(dead, 0.0)
+    *_, values = compensate(weight, order, upper, (scale, zero), bits, group_size)
+    steps, zeros = spread(scale, group_size, columns), spread(zero, group_size, columns)
+    low, high = (-zeros - 0.45) * steps, (2**bits - 1 - zeros + 0.45) * steps
+    return values.clamp(low, high)
 
 
 @torch.no_grad()
@@ -100,7 +69,7 @@ def begin(
     for path, linear in block.linears.items():
         moment = stats[path].second_moment
         assert moment is not None
-        if not bool(torch.isfinite(moment).all()):
+        if not all_finite(moment):
             raise MethodError("the calibration activations are not finite")
         weight = linear.weight.detach().float()
         group = min(group_size, weight.shape[1])

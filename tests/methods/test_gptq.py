@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration import ActStats
+from quantlab.compensation import LAZY_BLOCK, inverse_factor
 from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import find_grid, from_codes, spread, to_codes
 from quantlab.methods import METHODS
-from quantlab.methods.gptq import LAZY_BLOCK, GPTQConfig, gptq, inverse_factor, shared_inputs
+from quantlab.methods.gptq import GPTQConfig, gptq, shared_inputs
 from tests.methods.slow_grid import check_grid
 from tests.tiny import correlated, lone_block, random
 
