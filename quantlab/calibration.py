@@ -77,7 +77,7 @@ class _Accumulator:
         self.squares: Tensor | None = None
         self.cross: Tensor | None = None
 
-    def add(self, inputs: Tensor, original: Tensor | None) -> None:
+    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
         """`original`: the same tokens' input in the unquantized model, for 'cross_moment'."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if "second_moment" in self.kinds:

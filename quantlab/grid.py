@@ -182,8 +182,9 @@ def refit_scales(
         for g in range(groups):
             inside = slice(g * group_size, min((g + 1) * group_size, columns))
             system[:, g] = ((values[:, inside] @ moment[inside]) * values) @ member
-        # A little weight on the old steps keeps groups of zeros solvable, and as they are.
-        ridge = 1e-4 * system.diagonal(dim1=1, dim2=2) + TINY
+        # A little weight on the old steps keeps every system solvable; groups of zeros stay so.
+        share = torch.where(w.abs() @ member > 0, 1e-4, 1e6)
+        ridge = share * system.diagonal(dim1=1, dim2=2) + TINY
         found = torch.linalg.solve(system + torch.diag_embed(ridge), right + ridge * s)
         found = found.to(scale_dtype).float()
         usable = (torch.isfinite(found) & (found >= torch.finfo(scale_dtype).tiny)).all(1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantlab import sensitivity
 from quantlab.allocation import allocate
-from quantlab.calibration import ActStats
+from quantlab.calibration import ActStats, StatKind
 from quantlab.errors import ConfigError, MethodError
 from quantlab.keys import content_key
 from quantlab.methods import base
@@ -162,6 +162,12 @@ class Mixed(base.Quantizer):
     summary = "Bits by layer kind or name, or allocated under a size budget by sensitivity."
     needs = ("second_moment", "mean")
     Config = MixedConfig
+
+    def needs_for(self, config: MixedConfig | Plan) -> tuple[StatKind, ...]:
+        """Of the arithmetic; a budget needs calibration text whether the arithmetic does or not."""
+        chosen = config.config if isinstance(config, Plan) else config
+        needs = base.registry()[chosen.arithmetic].needs
+        return needs or (("square",) if chosen.budget else ())
 
     def weight_bits(self, config: MixedConfig) -> int:
         """The whole bits of a budget, else the fewest that any kind or pattern has."""

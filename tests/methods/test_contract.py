@@ -207,7 +207,7 @@ def test_dead_channels_and_constant_rows(spec: VariantSpec) -> None:
     # GPTQ (also as EfficientQAT's start) may put compensation into a group of zeros, as far as its
     # finest grid goes.
     largest = float(packed["mlp.down_proj"].dequantize()[:, :32].abs().max())
-    assert largest <= (0.02 if spec.method in ("gptq", "efficientqat") else 0.0)
+    assert largest <= (0.02 if spec.method in ("gptq", "efficientqat", "mixed") else 0.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -416,7 +416,7 @@ def wrong_values() -> list[Any]:
             meta, kind = field.metadata, type(field.default)
             values: list[Any] = {
                 int: [0.5, True, "many", "", None, -(10**9), 10**9, "1.5"],
-                float: ["much", True, None, float("nan"), float("inf"), "nan", "-inf", -99.0, 99.0],
+                float: ["much", True, None, float("nan"), float("inf"), "nan", "-inf", -1e9, 1e9],
                 bool: [0, 1, "yes", "", None, 1.0],
                 str: [True, 3, None],
             }[kind]
