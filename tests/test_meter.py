@@ -9,7 +9,6 @@ import pytest
 from quantlab.meter import PREPARATION, SHARES, Meter
 from quantlab.types import Event, Notice, Progress
 
-
 WALKS = {
     "rounding": ("load", "quantize", "perplexity", "speed", "answers"),
     "planned": ("load", "plan"),

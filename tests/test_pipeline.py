@@ -236,6 +236,20 @@ def test_wrong_input_is_refused_before_any_variant(
     assert not [event for event in events if not isinstance(event, Progress | Notice)]
 
 
+def test_a_trained_variant_packs_its_embedding_too(home: Path, folder: Path) -> None:
+    """Training sends gradients through the head, so that it is packed only afterwards."""
+    short = "block_epochs=1:e2e_epochs=1"
+    spec = spec_for(
+        folder, f"efficientqat:2:{short},efficientqat:2:embedding_bits=8:head_bits=8:{short}"
+    )
+    plain, packed = pipeline.compare(spec, store=Store())
+    assert (plain.status, packed.status) == ("finished", "finished")
+    assert plain.size_bytes is not None
+    assert packed.size_bytes is not None
+    assert packed.size_bytes < plain.size_bytes
+    assert plain.curves == packed.curves
+
+
 def test_evaluate_refuses_a_window_longer_than_the_context(home: Path, folder: Path) -> None:
     spec = spec_for(folder, "gguf:q8_0")
     written = pipeline.quantize(spec, spec.variants[0], folder.parent / "long.gguf", "gguf")
@@ -347,7 +361,7 @@ def test_a_written_gguf_measures_like_the_variant_it_came_from(
     assert written == tmp_path / "out.gguf"
     _, alone = pipeline.evaluate(dataclasses.replace(spec, model=str(written)))
     assert alone.perplexity == record.perplexity
-    assert alone.config == {"type": "q8_0"}
+    assert alone.config == {"type": "q8_0", "imatrix": False}
     assert alone.size_bytes == record.size_bytes
     inside = pipeline.quantize(spec, spec.variants[0], tmp_path / "folder", "gguf")
     assert inside == tmp_path / "folder" / "model.gguf"

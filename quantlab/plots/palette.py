@@ -31,6 +31,7 @@ STYLES: dict[str, Style] = {
     "awq": Style("AWQ", "#009e73", "#1fb58a"),
     "gguf": Style("GGUF", "#d55e00", "#ee7733"),
     "nf4": Style("NF4", "#b0568a", "#cc79a7"),
+    "fp4": Style("FP4", "#d1357f", "#ff85b5"),
     "llm_int8": Style("LLM.int8()", "#3f9fd1", "#56b4e9"),
     "efficientqat": Style("EfficientQAT", "#a89a00", "#f0e442"),
     "dynamic_int8": Style("Dynamic INT8", "#8a5a2b", "#c79a6b"),

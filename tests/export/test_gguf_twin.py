@@ -14,7 +14,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from quantlab.export.gguf_header import read_header
 
 from quantlab.blockwise import quantize_blocks, quantize_outer
 from quantlab.export import gguf
@@ -22,6 +21,7 @@ from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.methods import METHODS
 from quantlab.methods.gguf import GGUFConfig
 from quantlab.models import LoadedModel, load
+from quantlab.models.gguf_header import read_header
 
 from .conftest import ROWS, Make
 from .oracle import llama_logits, window
