@@ -52,7 +52,7 @@ class EfficientQATConfig(base.WeightConfig):
         paper="rounded, from minimum to maximum",
     )
     block_epochs: int = base.option(
-        4,
+        2,
         "Epochs a block",
         "Passes over the calibration tokens for every block; 0 leaves Block-AP out.",
         minimum=0,
@@ -86,7 +86,7 @@ class EfficientQATConfig(base.WeightConfig):
         paper="mean",
     )
     e2e_epochs: int = base.option(
-        5,
+        3,
         "Epochs end to end",
         "Passes over the calibration tokens for the steps of all blocks; 0 leaves E2E-QP out.",
         minimum=0,
@@ -94,7 +94,7 @@ class EfficientQATConfig(base.WeightConfig):
         paper="1 (of 4,096 x 4,096 tokens)",
     )
     e2e_rate: float = base.option(
-        0.005,
+        0.01,
         "Learning rate, end to end",
         "What a step can move by in one step of E2E-QP, as a fraction of itself.",
         minimum=0.0,
@@ -110,7 +110,7 @@ class EfficientQATConfig(base.WeightConfig):
         paper="text",
     )
     batch_size: int = base.option(
-        4,
+        2,
         "Batch size",
         "Pieces of calibration text in one step of training.",
         minimum=1,

@@ -366,11 +366,11 @@ def test_options_of_a_variant_reach_its_run(tab: Tab, app: App, model: Path) -> 
     expect(options).to_have_count(1)
     options.get_by_label("Act-order").uncheck()
     expect(tab.find(".ql-chip-changed")).to_have_count(1)
-    options.get_by_label("Damping").fill("0.05")
-    options.get_by_label("Damping").blur()
+    options.get_by_label("Damping", exact=True).fill("0.05")
+    options.get_by_label("Damping", exact=True).blur()
     tab.only_variants("GPTQ 4-bit")  # The options move up, and stay what they are.
     options = tab.find(".ql-options[open]")
-    expect(options.get_by_label("Damping")).to_have_value("0.05")
+    expect(options.get_by_label("Damping", exact=True)).to_have_value("0.05")
     expect(options.get_by_label("Act-order")).not_to_be_checked()
     tab.find("#add-method input").click()
     tab.page.get_by_role("option", name="GGUF").click()
@@ -455,7 +455,7 @@ def test_the_form_works_by_keyboard_alone(tab: Tab) -> None:
         tab.page.keyboard.press("Tab")
         reached.append(
             tab.page.evaluate(
-                "document.activeElement.dataset.remove || document.activeElement.closest('[id]').id"
+                "document.activeElement.dataset.remove || document.activeElement.closest('[id]')?.id || ''"
             )
         )
         if reached[-1] == "run":
