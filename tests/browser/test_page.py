@@ -455,7 +455,8 @@ def test_the_form_works_by_keyboard_alone(tab: Tab) -> None:
         tab.page.keyboard.press("Tab")
         reached.append(
             tab.page.evaluate(
-                "document.activeElement.dataset.remove || document.activeElement.closest('[id]')?.id || ''"
+                "document.activeElement.dataset.remove"
+                " || document.activeElement.closest('[id]')?.id || ''"
             )
         )
         if reached[-1] == "run":
