@@ -8,6 +8,8 @@ the exponent r by the output error. That error is computed from the second momen
 
 so no candidate needs another run of the block. Then each group's range is shrunk where its own
 output error, with M's diagonal block, is least.
+Once the codes are fixed, each row's scales are refitted to them (`quantlab.grid.refit_scales`);
+that is not in the paper.
 Source: Lin et al. 2023, arXiv 2306.00978, sections 3.2 (equations 4 and 5) and 4.1 (clipping).
 """
 
@@ -60,7 +62,7 @@ class AWQConfig(base.WeightConfig):
         True, "Clip search", "Shrink each group's range to where its output error is least."
     )
     refit: bool = base.option(
-        False,
+        True,
         "Refit scales",
         "Once the codes are fixed, give each row the scales with the least output error for them.",
         paper="false",

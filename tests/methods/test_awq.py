@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from tests.methods.slow_grid import check_grid, rounded
 from tests.tiny import FIRST_CLASS, block_of, logits, random, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")
+
+paper_config = partial(AWQConfig, refit=False)
+"""The scale and clip search alone; refitted scales have tests of their own in `test_grid`."""
 
 
 def output_error(weight: Tensor, quantized: Tensor, x: Tensor) -> float:
@@ -77,7 +81,9 @@ def test_the_scale_search_finds_the_best_exponent(
 ) -> None:
     model = planted(name)
     block, stats, seen = block_of(model), statistics(model, "awq"), inputs(model)
-    config = AWQConfig(bits=bits, group_size=32, symmetric=symmetric, grid_points=10, scales=scales)
+    config = paper_config(
+        bits=bits, group_size=32, symmetric=symmetric, grid_points=10, scales=scales
+    )
     exponents = set()
     for fold in block.folds:
         first = fold.targets[0]
@@ -105,7 +111,7 @@ def test_a_quantized_block_keeps_its_function_and_rounds_what_it_became(name: st
     model = planted(name)
     ids = token_ids(2, 30, seed=9)
     before = logits(model.module, ids)
-    config = AWQConfig(group_size=48, grid_points=10)
+    config = paper_config(group_size=48, grid_points=10)
     block = block_of(model)
     packed = METHODS["awq"].quantize_block(block, statistics(model, "awq"), config)
     torch.testing.assert_close(logits(model.module, ids), before, rtol=0, atol=2e-3)
@@ -150,7 +156,7 @@ def test_no_worse_than_rounding_and_clearly_better_on_planted_outliers(
     name: str, bits: int, seed: int
 ) -> None:
     """The claim of the paper, linear by linear, clipping off on both sides."""
-    awq = errors_of(planted(name, seed), "awq", AWQConfig(bits, group_size=32, clip=False))
+    awq = errors_of(planted(name, seed), "awq", paper_config(bits, group_size=32, clip=False))
     rtn = errors_of(planted(name, seed), "rtn", RTNConfig(bits, group_size=32))
     folded = [fold.targets for fold in block_of(tiny(name)).folds]
     for targets in folded:
@@ -166,15 +172,24 @@ def test_no_worse_than_rounding_and_clearly_better_on_planted_outliers(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_searched_clipping_only_helps(seed: int) -> None:
-    plain = errors_of(planted("llama", seed), "awq", AWQConfig(3, group_size=32, clip=False))
-    clipped = errors_of(planted("llama", seed), "awq", AWQConfig(3, group_size=32))
+    plain = errors_of(planted("llama", seed), "awq", paper_config(3, group_size=32, clip=False))
+    clipped = errors_of(planted("llama", seed), "awq", paper_config(3, group_size=32))
     assert all(clipped[path] <= plain[path] * 1.1 for path in plain)
     assert sum(clipped.values()) < 0.9 * sum(plain.values())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_refitted_scales_only_help(seed: int) -> None:
+    plain = errors_of(planted("llama", seed), "awq", paper_config(3, group_size=32))
+    refitted = errors_of(planted("llama", seed), "awq", AWQConfig(3, group_size=32))
+    # The refit damps the second moment, so that a single linear may lose a little.
+    assert all(refitted[path] <= plain[path] * 1.1 for path in plain)
+    assert sum(refitted.values()) < sum(plain.values())
+
+
 def test_ordinary_activations_are_not_made_worse() -> None:
     """No outliers: the exponent 0, plain rounding, is among the candidates."""
-    awq = errors_of(tiny("llama", seed=4), "awq", AWQConfig(4, group_size=32, clip=False))
+    awq = errors_of(tiny("llama", seed=4), "awq", paper_config(4, group_size=32, clip=False))
     rtn = errors_of(tiny("llama", seed=4), "rtn", RTNConfig(4, group_size=32))
     assert sum(awq.values()) <= 1.05 * sum(rtn.values())
 
@@ -182,7 +197,7 @@ def test_ordinary_activations_are_not_made_worse() -> None:
 def test_without_folds_and_clipping_it_is_plain_rounding() -> None:
     model = tiny("neox")
     packed = METHODS["awq"].quantize_block(
-        block_of(model), statistics(model, "awq"), AWQConfig(group_size=32, clip=False)
+        block_of(model), statistics(model, "awq"), paper_config(group_size=32, clip=False)
     )
     for path, linear in block_of(model).linears.items():
         wanted = round_weight(linear.weight, RTNConfig(group_size=32))
@@ -197,7 +212,7 @@ def test_channels_that_never_fire_do_no_harm() -> None:
     ids = token_ids(2, 30, seed=9)
     before = logits(model.module, ids)
     packed = METHODS["awq"].quantize_block(
-        block, statistics(model, "awq"), AWQConfig(group_size=32)
+        block, statistics(model, "awq"), paper_config(group_size=32)
     )
     torch.testing.assert_close(logits(model.module, ids), before, rtol=0, atol=2e-3)
     for weight in packed.values():
@@ -212,7 +227,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     stats = dict(statistics(model, "awq"))
     stats["mlp.down_proj"] = ActStats(9, torch.full((columns, columns), float("nan")))
     with pytest.raises(MethodError, match="not finite"):
-        METHODS["awq"].quantize_block(block, stats, AWQConfig())
+        METHODS["awq"].quantize_block(block, stats, paper_config())
     # Refused before the first fold: nothing is left half done.
     assert all(torch.equal(before[n], t) for n, t in block.module.state_dict().items())
 
