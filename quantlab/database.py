@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import sqlite3
 import threading
@@ -44,6 +45,9 @@ MIGRATIONS = (
     """,
 )
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How Rust names the system's error."""
+
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -72,6 +76,12 @@ def storage_errors(path: Path) -> Iterator[None]:
             f"{error.filename or path} cannot be read or written: {error.strerror or error}",
             "check the folder's permissions, or point QUANTLAB_HOME at another folder",
         ) from error
+    except Exception as error:
+        # safetensors writes in Rust and has an exception of its own, also for a full disk.
+        number = _OS_ERROR.search(str(error))
+        if type(error).__name__ == "SafetensorError" and number and int(number[1]) in FULL_DISK:
+            raise _full(path) from error
+        raise
 
 
 def _full(path: Path) -> StorageError:

@@ -358,7 +358,8 @@ def test_a_full_database_keeps_what_was_finished(store: Store) -> None:
 
 def test_a_really_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
     script = """
-        import pathlib, sys
+        import numpy, pathlib, sys
+        from safetensors.numpy import save_file
         from quantlab.errors import StorageError
         from quantlab.results import ResultRecord
         from quantlab.store import Store, storage_errors
@@ -366,6 +367,13 @@ def test_a_really_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
         record = ResultRecord("rtn:4", "rtn", 4, {}, "finished", perplexity=3.0)
         store = Store(root)
         store.save("kept", record)
+        try:
+            with storage_errors(root):
+                save_file({"weight": numpy.zeros(2_000_000, numpy.uint8)}, root / "weights")
+        except StorageError as error:
+            print("weights:", error)
+        for left in root.glob("weights*"):
+            left.unlink()
         try:
             with storage_errors(root), (root / "filler").open("wb", buffering=0) as file:
                 while file.write(b"x" * 4096):
@@ -395,7 +403,8 @@ def test_a_really_full_disk_keeps_what_was_finished(tmp_path: Path) -> None:
         cwd=ROOT,
         check=True,
     )
-    artifact, result, *rest = done.stdout.splitlines()
+    weights, artifact, result, *rest = done.stdout.splitlines()
+    assert weights.startswith("weights: the disk is full")
     assert artifact.startswith("artifact: the disk is full")
     assert result.startswith("result: the disk is full")
     assert rest == ["True True", "True"]
