@@ -14,7 +14,7 @@ from quantlab.models import CATALOGUE
 from quantlab.texts import fast_bfloat16
 from quantlab.types import Estimate, RunSpec
 
-EFFICIENCY = 0.5
+EFFICIENCY = 0.18
 """Share of a bare matrix product's speed that a whole forward pass reaches (attention, norms,
 conversions and memory take the rest). With the next two, fitted by hand such that the default
 comparison of the bundled model, 6:13 and 3.1 GB on two cores of a Xeon with AMX, is met within a

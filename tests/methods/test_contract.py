@@ -294,7 +294,13 @@ def test_a_whole_model_from_end_to_end(name: str, method: str) -> None:
     assert bool(torch.isfinite(after).all())
     error = float((after - before).norm() / before.norm())
     bits = METHODS[method].weight_bits(config_of(spec))
-    assert error < (0.9 if bits == 2 else 0.6 if bits <= 4 else 0.12)
+    if bits == 2:  # only EfficientQAT asks for so few; rounding at the same bits is the measure
+        rounded = tiny(name)
+        config = config_of(parse_variant("rtn:2"))
+        quantize_blocks(rounded, METHODS["rtn"], config, None, lambda *step: None)
+        assert error < float((logits(rounded.module, IDS) - before).norm() / before.norm())
+    else:
+        assert error < (0.6 if bits <= 4 else 0.12)
     assert error > 0
 
 
