@@ -1,0 +1,61 @@
+// The C ABI that Python calls through ctypes. Pointers are the caller's; nothing is copied or kept.
+#include "linear.h"
+#include "pack.h"
+
+#if QL_LEVEL >= 4
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+using namespace ql;
+
+extern "C" {
+
+// Called once. 0 when the machine lets this process use what it was compiled for.
+int ql_init() {
+#if QL_LEVEL >= 4
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: arch_prctl(2)
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 ? 0 : 1;
+#else
+    return 0;
+#endif
+}
+
+int ql_level() { return QL_LEVEL; }
+
+void* ql_pool_new(int threads) { return new Pool(threads); }
+void ql_pool_free(void* pool) { delete (Pool*)pool; }
+
+void ql_pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t* out, void* pool) {
+    ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t first, int64_t last, int) {
+        for (int64_t b = first; b < last; b++) pack(codes, rows, columns, bits, (int)b, out);
+    });
+}
+
+void ql_unpack(const uint8_t* planes, int rows, int columns, int bits, uint8_t* codes, void* pool) {
+    ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t first, int64_t last, int) {
+        for (int64_t b = first; b < last; b++) unpack(planes, rows, columns, bits, (int)b, codes);
+    });
+}
+
+void ql_pack_bf16(const uint16_t* w, int rows, int columns, uint16_t* out, void* pool) {
+    ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t first, int64_t last, int) {
+        for (int64_t b = first; b < last; b++) pack_bf16(w, rows, columns, (int)b, out);
+    });
+}
+
+int ql_mode_for(int mode, int rows, int table, int bits) {
+    return mode_for(mode, rows, table != 0, bits);
+}
+
+// y[rows][w.rows] = x[rows][w.columns] w^T + bias; step and zero [rows] only for INT8_GIVEN.
+void ql_linear(const Matrix* w, const float* x, int64_t rows, float* y, int mode, const float* step,
+               const float* zero, const float* bias, void* pool) {
+    static thread_local Input in;
+    Pool& threads = *(Pool*)pool;
+    const int real = mode_for(mode, (int)rows, w->table != nullptr, w->bits);
+    prepare(in, x, (int)rows, w->columns, w->columns, real, step, zero, threads);
+    multiply(*w, in, y, w->rows, bias, threads);
+}
+
+}  // extern "C"

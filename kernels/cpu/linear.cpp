@@ -1,0 +1,288 @@
+// The product on vectors: 16 rows of the weight in a register, M rows of the input beside each other.
+#include "linear.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace ql {
+
+namespace {
+
+// What 16 outputs of M inputs are written through.
+struct Target {
+    float* y;
+    int64_t stride;
+    const float* bias;
+    int rows;  // of the weight
+
+    void put(int m, int block, F v) const {
+        const int first = block * LANES, count = std::min(LANES, rows - first);
+        float* to = y + m * stride + first;
+        if (count == LANES) {
+            store(to, bias ? v + load<F>(bias + first) : v);
+            return;
+        }
+        for (int i = 0; i < count; i++) to[i] = v[i] + (bias ? bias[first + i] : 0.f);
+    }
+};
+
+inline F value_of(const Matrix& w, I index) {
+    return w.table ? look_up(w.table, index) : to_float(index);
+}
+
+// int8 inputs. With d_b the whole-number dot product of a block of 32 columns,
+//     y = sum_g s_g (sum_b step_b d_b - z_g sum_b total_b)
+template <int BITS, int M>
+void int8_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
+    const uint8_t* p = w.block(block);
+    const int chunks = w.padded() / CHUNK;
+    const int a_group = w.groups() == 1 ? chunks : w.group / CHUNK;
+    const int64_t blocks = in.blocks();
+    for (int b = 0, g = 0; g < w.groups(); g++) {
+        F part[M] = {};
+        float total[M] = {};
+        const int stop = g + 1 == w.groups() ? chunks : b + a_group;
+        for (; b < stop; b++, p += CHUNK * BITS * 2) {
+            U8 steps[8];
+            unpack_chunk<BITS>(p, steps);
+            for (int m = 0; m < M; m++) {
+                const int8_t* q = in.q + (int64_t)(m0 + m) * in.padded + b * CHUNK;
+                I even{}, odd{};
+                for (int i = 0; i < 8; i += 2) {
+                    int32_t four[2];
+                    std::memcpy(four, q + 4 * i, 8);
+                    even = dot4(even, steps[i], four[0]);
+                    odd = dot4(odd, steps[i + 1], four[1]);
+                }
+                part[m] += to_float(even + odd) * in.step[(m0 + m) * blocks + b];
+                total[m] += in.total[(m0 + m) * blocks + b];
+            }
+        }
+        const F s = w.scale(block, g), z = w.zero_of(block, g);
+        for (int m = 0; m < M; m++)
+            y[m] += w.zero == ZERO_OFFSET ? s * part[m] + z * total[m] : s * (part[m] - z * total[m]);
+    }
+    if (in.shift != nullptr) {
+        // A zero-point of the input: step * shift * sum_k w, and w has one grid a row.
+        const F row = w.scale(block, 0) * to_float(load<I>(w.sums + block * LANES));
+        for (int m = 0; m < M; m++) y[m] += row * (in.step[(m0 + m) * blocks] * in.shift[m0 + m]);
+    }
+}
+
+// Groups that end inside a block of 32 columns, in pieces that no boundary cuts.
+template <int BITS>
+F int8_small_groups(const Matrix& w, const Input& in, int block, int m) {
+    F y{};
+    const uint8_t* p = w.block(block);
+    const int piece = std::gcd(w.group, CHUNK), steps_each = piece / 4;
+    const U8 ones = splat_byte(1);
+    const int64_t blocks = in.blocks();
+    for (int b = 0; b < blocks; b++, p += CHUNK * BITS * 2) {
+        U8 steps[8];
+        unpack_chunk<BITS>(p, steps);
+        for (int first = 0; first < 8; first += steps_each) {
+            const int g = (b * CHUNK + first * 4) / w.group;
+            if (g >= w.groups()) break;  // only padding is left
+            const F s = w.scale(block, g), z = w.zero_of(block, g);
+            const int8_t* q = in.q + (int64_t)m * in.padded + b * CHUNK;
+            I dot{}, added{};
+            for (int i = first; i < first + steps_each; i++) {
+                int32_t four;
+                std::memcpy(&four, q + 4 * i, 4);
+                dot = dot4(dot, steps[i], four);
+                added = dot4(added, ones, four);
+            }
+            const float step = in.step[m * blocks + b];
+            const F d = to_float(dot), t = to_float(added);
+            y += step * (w.zero == ZERO_OFFSET ? s * d + z * t : s * (d - z * t));
+        }
+    }
+    return y;
+}
+
+// float32 inputs: y = sum_g s_g (sum_k v_k x_k - z_g sum_k x_k).
+template <int BITS, int M>
+void exact_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
+    const uint8_t* p = w.block(block);
+    const int chunks = w.padded() / CHUNK;
+    const int a_group = w.groups() == 1 ? chunks : w.group / CHUNK;
+    const int64_t blocks = in.blocks();
+    for (int b = 0, g = 0; g < w.groups(); g++) {
+        F part[M] = {};
+        float total[M] = {};
+        const int stop = g + 1 == w.groups() ? chunks : b + a_group;
+        for (; b < stop; b++, p += CHUNK * BITS * 2) {
+            U8 steps[8];
+            unpack_chunk<BITS>(p, steps);
+            const float* x = in.x + m0 * in.stride + b * CHUNK;
+            for (int i = 0; i < 8; i++)
+                for (int j = 0; j < 4; j++) {
+                    const F v = value_of(w, byte_of(steps[i], j));
+                    for (int m = 0; m < M; m++) part[m] += v * x[m * in.stride + 4 * i + j];
+                }
+            for (int m = 0; m < M; m++) total[m] += in.total[(m0 + m) * blocks + b];
+        }
+        const F s = w.scale(block, g), z = w.zero_of(block, g);
+        for (int m = 0; m < M; m++)
+            y[m] += w.zero == ZERO_OFFSET ? s * part[m] + z * total[m] : s * (part[m] - z * total[m]);
+    }
+}
+
+template <int BITS>
+F exact_small_groups(const Matrix& w, const Input& in, int block, int m) {
+    F y{};
+    const uint8_t* p = w.block(block);
+    for (int b = 0; b < in.blocks(); b++, p += CHUNK * BITS * 2) {
+        U8 steps[8];
+        unpack_chunk<BITS>(p, steps);
+        const float* x = in.x + m * in.stride + b * CHUNK;
+        for (int i = 0; i < 8; i++) {
+            const int g = (b * CHUNK + 4 * i) / w.group;
+            if (g >= w.groups()) break;
+            const F s = w.scale(block, g), z = w.zero_of(block, g);
+            for (int j = 0; j < 4; j++) {
+                F v = value_of(w, byte_of(steps[i], j));
+                v = w.zero == ZERO_OFFSET ? s * v + z : s * (v - z);
+                y += v * x[4 * i + j];
+            }
+        }
+    }
+    return y;
+}
+
+template <int M>
+void bf16_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
+    const uint8_t* p = w.block(block);
+    const float* x = in.x + m0 * in.stride;
+    F odd_sum[M] = {};
+    for (int k = 0; k < in.padded; k += 2, p += 64) {
+        const I pair = load<I>(p);
+        const F even = (F)(pair << 16), odd = (F)(pair & (int32_t)0xffff0000);
+        for (int m = 0; m < M; m++) {
+            y[m] += even * x[m * in.stride + k];
+            odd_sum[m] += odd * x[m * in.stride + k + 1];
+        }
+    }
+    for (int m = 0; m < M; m++) y[m] += odd_sum[m];
+}
+
+template <int M, class One>
+void small_groups(One&& one, const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
+    for (int m = 0; m < M; m++) y[m] = one(w, in, block, m0 + m);
+}
+
+template <int M>
+void some_rows(const Matrix& w, const Input& in, int block, int m0, const Target& out) {
+    F y[M] = {};
+    const bool whole = w.groups() == 1 || w.group % CHUNK == 0;
+    if (w.bits == 16) {
+        bf16_rows<M>(w, in, block, m0, y);
+    } else {
+        with_bits(w.bits, [&](auto bits) {
+            constexpr int BITS = decltype(bits)::value;
+            if (in.int8 && whole) int8_rows<BITS, M>(w, in, block, m0, y);
+            else if (in.int8) small_groups<M>(int8_small_groups<BITS>, w, in, block, m0, y);
+            else if (whole) exact_rows<BITS, M>(w, in, block, m0, y);
+            else small_groups<M>(exact_small_groups<BITS>, w, in, block, m0, y);
+        });
+    }
+    for (int m = 0; m < M; m++) out.put(m0 + m, block, y[m]);
+}
+
+// The sum of every block of 32 columns.
+void add_up(const float* x, int columns, float* totals, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) {
+        const int first = (int)b * CHUNK, count = std::min(CHUNK, columns - first);
+        if (count == CHUNK) {
+            totals[b] = sum(load<F>(x + first) + load<F>(x + first + LANES));
+            continue;
+        }
+        totals[b] = 0;
+        for (int k = 0; k < count; k++) totals[b] += x[first + k];
+    }
+}
+
+}  // namespace
+
+int mode_for(int mode, int rows, bool table, int bits) {
+    const bool tiles = QL_LEVEL >= 4 && rows >= TILE_FROM;
+    if (mode == INT8_ROW || mode == INT8_GIVEN) return mode;
+    if (bits == 16 || table) return tiles && mode != EXACT && !table ? BF16 : EXACT;
+    if (mode == INT8_BLOCK) return tiles ? BF16 : INT8_BLOCK;
+    return mode == BF16 && !tiles ? EXACT : mode;
+}
+
+void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, int mode,
+             const float* given_step, const float* given_zero, Pool& pool) {
+    in.rows = rows;
+    in.columns = columns;
+    in.padded = (columns + COLUMN_PAD - 1) / COLUMN_PAD * COLUMN_PAD;
+    in.x = x;
+    in.stride = stride;
+    in.int8 = mode == INT8_BLOCK || mode == INT8_ROW || mode == INT8_GIVEN;
+    in.shift = nullptr;
+    in.high = in.low = nullptr;
+    in.q_tiles = nullptr;
+    const int64_t blocks = in.blocks();
+    in.total = in.total_.get<float>(rows * blocks);
+    if (in.int8) {
+        in.q = in.q_.get<int8_t>((int64_t)rows * in.padded);
+        in.step = in.step_.get<float>(rows * blocks);
+        if (mode == INT8_GIVEN) in.shift = in.shift_.get<float>(rows);
+        pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
+            quantize(in, mode, given_step, given_zero, (int)first, (int)last);
+        });
+    } else {
+        // The vector path reads whole blocks of 32 columns.
+        const bool pad = columns < in.padded;
+        float* copy = pad ? in.padded_.get<float>((int64_t)rows * in.padded) : nullptr;
+        pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
+            for (int64_t m = first; m < last; m++) {
+                add_up(x + m * stride, columns, const_cast<float*>(in.total) + m * blocks, blocks);
+                if (!pad) continue;
+                std::memcpy(copy + m * in.padded, x + m * stride, sizeof(float) * columns);
+                std::memset(copy + m * in.padded + columns, 0, sizeof(float) * (in.padded - columns));
+            }
+        });
+        if (pad) {
+            in.x = copy;
+            in.stride = in.padded;
+        }
+    }
+#if QL_LEVEL >= 4
+    if (rows >= TILE_FROM) arrange_tiles(in, mode, pool);
+#endif
+}
+
+void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
+              Pool& pool) {
+    const Target out{y, y_stride, bias, w.rows};
+#if QL_LEVEL >= 4
+    const bool whole = w.bits == 16 || w.groups() == 1 || w.group % CHUNK == 0;
+    const bool row_wise = w.bits == 8 && w.groups() == 1 && w.zero != ZERO_OFFSET;
+    if (in.q_tiles && row_wise) {
+        pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
+            tiles_int8(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
+        });
+        return;
+    }
+    if (in.high && whole) {
+        pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
+            tiles_bf16(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
+        });
+        return;
+    }
+#endif
+    pool.run(w.row_blocks(), 1, [&](int64_t first, int64_t last, int) {
+        int m = 0;
+        // The weights of a few blocks stay in cache while all inputs pass by.
+        for (; m + 8 <= in.rows; m += 8)
+            for (int64_t block = first; block < last; block++) some_rows<8>(w, in, (int)block, m, out);
+        for (; m + 4 <= in.rows; m += 4)
+            for (int64_t block = first; block < last; block++) some_rows<4>(w, in, (int)block, m, out);
+        for (; m < in.rows; m++)
+            for (int64_t block = first; block < last; block++) some_rows<1>(w, in, (int)block, m, out);
+    });
+}
+
+}  // namespace ql

@@ -1,0 +1,34 @@
+// y[m][n] = sum_k x[m][k] w[n][k] + bias[n]: every layer's product, for one row or many.
+#pragma once
+
+#include "input.h"
+#include "pool.h"
+
+namespace ql {
+
+// Make `in` ready for products with matrices of `columns` columns in `mode`: int8 codes or bfloat16
+// parts. x: [rows][stride] float32. Keeps pointers into x.
+void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, int mode,
+             const float* given_step, const float* given_zero, Pool& pool);
+
+// The product; `in` was prepared in a mode that suits w (see `mode_for`). y: [rows][y_stride].
+void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
+              Pool& pool);
+
+// The mode that really runs for so many rows: codebooks take no int8 inputs, and where AMX multiplies
+// bfloat16 many rows are faster, and more exact, in it than in int8 a block.
+int mode_for(int mode, int rows, bool table, int bits);
+
+// Rows that are multiplied together on AMX tiles: fewer take the vector path.
+constexpr int TILE_FROM = 6;
+
+#if QL_LEVEL >= 4
+// tiles.cpp: the product on AMX tiles, for row blocks first to last - 1.
+void arrange_tiles(Input& in, int mode, Pool& pool);
+void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
+                const float* bias);
+void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
+                const float* bias);
+#endif
+
+}  // namespace ql

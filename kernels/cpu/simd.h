@@ -1,0 +1,155 @@
+// Sixteen lanes of whatever the machine has.
+//
+// Everything is written on vectors of 16 float32 or 16 int32 (one AVX-512 register, two of AVX2, four
+// of NEON): GCC's and Clang's vector extensions turn plain + - * into the machine's instructions, so
+// one source serves every instruction set. Only what has no operator is spelled out below.
+//
+// The level is fixed when the file is compiled: QL_LEVEL is 0 (portable), 2 (AVX2), 3 (AVX-512 with
+// VNNI) or 4 (that and AMX). `kernels/build.py` compiles the level of the machine it runs on.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#ifndef QL_LEVEL
+#define QL_LEVEL 0
+#endif
+#if QL_LEVEL >= 2
+#include <immintrin.h>
+#endif
+
+namespace ql {
+
+constexpr int LANES = 16;
+
+using F = float __attribute__((vector_size(64), aligned(64)));
+using I = int32_t __attribute__((vector_size(64), aligned(64)));
+using U8 = uint8_t __attribute__((vector_size(64), aligned(64)));
+
+template <class V, class T>
+inline V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T>
+inline void store(T* p, const V& v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline F splat(float x) { return F{} + x; }
+inline U8 splat_byte(uint8_t x) { return U8{} + x; }
+
+inline F to_float(I v) {
+#if QL_LEVEL >= 3
+    return (F)_mm512_cvtepi32_ps((__m512i)v);
+#else
+    return __builtin_convertvector(v, F);
+#endif
+}
+
+inline float sum(F v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+// float16 (IEEE 754 binary16) of 16 lanes, widened exactly.
+inline F load_half(const uint16_t* p) {
+#if QL_LEVEL >= 3
+    return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif QL_LEVEL == 2
+    F v;
+    __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
+    std::memcpy(&v, &low, 32);
+    std::memcpy((char*)&v + 32, &high, 32);
+    return v;
+#else
+    F v;
+    for (int i = 0; i < LANES; i++) {
+        uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, body = p[i] & 0x7fff;
+        float value;
+        if (body >= 0x7c00) {
+            uint32_t bits = 0x7f800000u | (body & 0x3ff) << 13;
+            std::memcpy(&value, &bits, 4);
+        } else {
+            // The exponent is 112 too small after the shift; the product mends subnormals as well.
+            uint32_t bits = body << 13;
+            std::memcpy(&value, &bits, 4);
+            value *= 0x1p112f;
+        }
+        v[i] = sign ? -value : value;
+    }
+    return v;
+#endif
+}
+
+// Unsigned bytes widened to 16 lanes.
+inline F load_bytes(const uint8_t* p) {
+#if QL_LEVEL >= 3
+    return (F)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    F v;
+    for (int i = 0; i < LANES; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+// bfloat16, rounded to nearest even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// acc[l] += sum_j codes[4 l + j] * x[j]; codes unsigned, x four signed bytes. Exact on every level.
+inline I dot4(I acc, U8 codes, int32_t x) {
+#if QL_LEVEL >= 3
+    return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, _mm512_set1_epi32(x));
+#elif QL_LEVEL == 2
+    __m256i input = _mm256_cvtepi8_epi16(_mm_set1_epi32(x));
+    for (int half = 0; half < 2; half++) {
+        __m256i sums[2];
+        for (int part = 0; part < 2; part++) {
+            __m128i eight_pairs = _mm_loadu_si128((const __m128i*)&codes + 2 * half + part);
+            sums[part] = _mm256_madd_epi16(_mm256_cvtepu8_epi16(eight_pairs), input);
+        }
+        // hadd interleaves its halves: put the quarters back in order.
+        __m256i joined = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[0], sums[1]), 0xd8);
+        __m256i* target = (__m256i*)&acc + half;
+        *target = _mm256_add_epi32(*target, joined);
+    }
+    return acc;
+#else
+    int8_t part[4];
+    std::memcpy(part, &x, 4);
+    for (int l = 0; l < LANES; l++)
+        for (int j = 0; j < 4; j++) acc[l] += (int32_t)codes[4 * l + j] * part[j];
+    return acc;
+#endif
+}
+
+// Byte j of every lane, as a number 0 to 255.
+inline I byte_of(U8 codes, int j) { return (I)codes >> (8 * j) & 255; }
+
+// table[index] of every lane, index 0 to 15.
+inline F look_up(const float* table, I index) {
+#if QL_LEVEL >= 3
+    return (F)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+#else
+    F v;
+    for (int l = 0; l < LANES; l++) v[l] = table[index[l] & 15];
+    return v;
+#endif
+}
+
+}  // namespace ql
