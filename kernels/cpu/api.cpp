@@ -1,5 +1,5 @@
 // The C ABI that Python calls through ctypes. Pointers are the caller's; nothing is copied or kept.
-#include "linear.h"
+#include "decoder.h"
 #include "pack.h"
 
 #if QL_LEVEL >= 4
@@ -56,6 +56,18 @@ void ql_linear(const Matrix* w, const float* x, int64_t rows, float* y, int mode
     const int real = mode_for(mode, (int)rows, w->table != nullptr, w->bits);
     prepare(in, x, (int)rows, w->columns, w->columns, real, step, zero, threads);
     multiply(*w, in, y, w->rows, bias, threads);
+}
+
+// Read tokens after the `first` in the model's cache; see decoder.h. Returns the most likely next
+// token (the lowest among equals).
+int ql_read(const Model* model, const int32_t* tokens, int first, int count, int every, float* logits,
+            void* pool) {
+    read(*model, tokens, first, count, every != 0, logits, *(Pool*)pool);
+    const float* last = logits + (every ? (int64_t)(count - 1) * model->vocabulary : 0);
+    int best = 0;
+    for (int i = 1; i < model->vocabulary; i++)
+        if (last[i] > last[best]) best = i;
+    return best;
 }
 
 }  // extern "C"

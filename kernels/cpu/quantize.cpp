@@ -36,6 +36,8 @@ inline F bounded(F v, float low, float high) {
     return v > splat(high) ? splat(high) : v;
 }
 
+inline float step_of(float peak) { return (peak < 1e-12f ? 1e-12f : peak) / 127.f; }
+
 // x[k], or 0 behind the last column.
 inline F part(const float* x, int k, int columns) {
     if (k + LANES <= columns) return load<F>(x + k);
@@ -59,7 +61,7 @@ void quantize(Input& in, int mode, const float* given_step, const float* given_z
             F top{};
             for (int k = 0; k < in.columns; k += LANES)
                 top = larger(top, magnitude(part(x, k, in.columns)));
-            row_step = largest(top) / 127.f;
+            row_step = step_of(largest(top));
         }
         if (mode == INT8_GIVEN) {
             row_step = given_step[m];
@@ -70,10 +72,9 @@ void quantize(Input& in, int mode, const float* given_step, const float* given_z
             const int k = b * CHUNK;
             F low = part(x, k, in.columns), high = part(x, k + LANES, in.columns);
             float s = row_step;
-            if (mode == INT8_BLOCK) s = largest(larger(magnitude(low), magnitude(high))) / 127.f;
-            const F inverse = splat(s > 0 ? 1.f / s : 0.f);
-            low = round_even(low * inverse) + splat(zero);
-            high = round_even(high * inverse) + splat(zero);
+            if (mode == INT8_BLOCK) s = step_of(largest(larger(magnitude(low), magnitude(high))));
+            low = round_even(low / splat(s)) + splat(zero);
+            high = round_even(high / splat(s)) + splat(zero);
             const float bottom = mode == INT8_GIVEN ? -128.f : -127.f;
             low = bounded(low, bottom, 127.f);
             high = bounded(high, bottom, 127.f);

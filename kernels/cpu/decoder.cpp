@@ -1,0 +1,195 @@
+// One token, or many, through all blocks in one call.
+#include "decoder.h"
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace ql {
+
+namespace {
+
+struct Memory {
+    Buffer x, h, q, k, v, out, gate, up, last;
+    Input input;
+};
+
+struct Job {
+    Linear linear;
+    float* y;
+};
+
+// Row `row` of a packed matrix, float32 [columns].
+void row_of(const Matrix& w, int row, float* out) {
+    const int block = row / LANES, l = row % LANES;
+    if (w.bits == 16) {
+        const auto* p = (const uint16_t*)w.block(block);
+        for (int k = 0; k < w.columns; k++) out[k] = from_bf16(p[k / 2 * 32 + l * 2 + k % 2]);
+        return;
+    }
+    with_bits(w.bits, [&](auto bits) {
+        constexpr int BITS = decltype(bits)::value;
+        const uint8_t* p = w.block(block);
+        for (int k0 = 0; k0 < w.columns; k0 += CHUNK, p += CHUNK * BITS * 2) {
+            U8 steps[8];
+            unpack_chunk<BITS>(p, steps);
+            for (int k = k0; k < std::min(k0 + CHUNK, w.columns); k++) {
+                const int g = std::min(k / w.group, w.groups() - 1);
+                const uint8_t code = steps[(k - k0) / 4][4 * l + k % 4];
+                const float v = w.table ? w.table[code & 15] : (float)code;
+                const float s = w.scale(block, g)[l], z = w.zero_of(block, g)[l];
+                out[k] = w.zero == ZERO_OFFSET ? s * v + z : s * (v - z);
+            }
+        }
+    });
+}
+
+class Reader {
+  public:
+    Reader(const Model& model, Memory& memory, int first, int count, Pool& pool)
+        : model_(model), memory_(memory), first_(first), count_(count), pool_(pool) {
+        x_ = memory.x.get<float>((int64_t)count * model.width);
+        h_ = memory.h.get<float>((int64_t)count * std::max(model.width, model.ffn));
+    }
+
+    void embed(const int32_t* tokens) {
+        pool_.run(count_, 8, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; i++) {
+                float* x = x_ + i * model_.width;
+                row_of(*model_.embedding, tokens[i], x);
+                if (model_.embedding_scale != 1.f)
+                    for (int k = 0; k < model_.width; k++) x[k] *= model_.embedding_scale;
+            }
+        });
+    }
+
+    void layer(int index) {
+        const Layer& l = model_.layers[index];
+        const int q_width = model_.heads * model_.head_dim, kv_width = model_.kv_heads * model_.head_dim;
+        auto* q = memory_.q.get<float>((int64_t)count_ * q_width);
+        auto* k = memory_.k.get<float>((int64_t)count_ * kv_width);
+        auto* v = memory_.v.get<float>((int64_t)count_ * kv_width);
+        auto* out = memory_.out.get<float>((int64_t)count_ * std::max(q_width, model_.width));
+        normalise(x_, l.attention_norm);
+        products(h_, model_.width, {{l.q, q}, {l.k, k}, {l.v, v}});
+        const int64_t a_layer = (int64_t)model_.kv_heads * model_.capacity * model_.head_dim;
+        const Cache cache{model_.keys + a_layer * index, model_.values + a_layer * index,
+                          model_.kv_heads, model_.capacity, model_.head_dim};
+        each_row([&](int64_t i) {
+            place(l, q + i * q_width, model_.heads, l.q_norm, first_ + (int)i);
+            place(l, k + i * kv_width, model_.kv_heads, l.k_norm, first_ + (int)i);
+            cache.put(first_ + (int)i, k + i * kv_width, v + i * kv_width);
+        });
+        const Attention attention{model_.heads, model_.head_dim, model_.attention_scale,
+                                  model_.attention_cap, l.window};
+        attend(attention, cache, q, out, first_, count_, pool_);
+        products(out, q_width, {{l.o, h_}});
+        add(l.after_attention_norm);
+        feed_forward(l);
+    }
+
+    // The logits of the last token, or of every one.
+    void answer(bool every, float* logits) {
+        const int from = every ? 0 : count_ - 1, rows = count_ - from;
+        auto* last = memory_.last.get<float>((int64_t)rows * model_.width);
+        pool_.run(rows, 8, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; i++)
+                rms_norm(x_ + (from + i) * model_.width, model_.final_norm, last + i * model_.width,
+                         model_.width, model_.eps);
+        });
+        const Matrix& head = *model_.head;
+        const int mode = mode_for(model_.head_mode, rows, head.table != nullptr, head.bits);
+        prepare(memory_.input, last, rows, model_.width, model_.width, mode, nullptr, nullptr, pool_);
+        multiply(head, memory_.input, logits, model_.vocabulary, nullptr, pool_);
+        if (model_.logit_cap > 0)
+            pool_.run((int64_t)rows * model_.vocabulary, 4096, [&](int64_t begin, int64_t end, int) {
+                for (int64_t i = begin; i < end; i++) logits[i] = softcap(logits[i], model_.logit_cap);
+            });
+    }
+
+  private:
+    template <class Body>
+    void each_row(Body&& body) {
+        pool_.run(count_, 4, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; i++) body(i);
+        });
+    }
+
+    void normalise(const float* x, const float* weight) {
+        each_row([&](int64_t i) {
+            rms_norm(x + i * model_.width, weight, h_ + i * model_.width, model_.width, model_.eps);
+        });
+    }
+
+    // Norm of each head where the family has one, then its rotation.
+    void place(const Layer& l, float* heads, int count, const float* norm, int position) const {
+        const int half = model_.rotary / 2;
+        for (int h = 0; h < count; h++) {
+            float* head = heads + h * model_.head_dim;
+            if (norm) rms_norm(head, norm, head, model_.head_dim, model_.eps);
+            rotate(head, l.cosine + (int64_t)position * half, l.sine + (int64_t)position * half,
+                   model_.rotary);
+        }
+    }
+
+    void products(const float* x, int columns, std::initializer_list<Job> jobs) {
+        int prepared = -1;
+        for (const Job& job : jobs) {
+            const Matrix& w = *job.linear.w;
+            const int mode = mode_for(model_.mode, count_, w.table != nullptr, w.bits);
+            if (mode != prepared) {
+                prepare(memory_.input, x, count_, columns, columns, mode, nullptr, nullptr, pool_);
+                prepared = mode;
+            }
+            multiply(w, memory_.input, job.y, w.rows, job.linear.bias, pool_);
+        }
+    }
+
+    // x += h, or its norm where the family norms what a sublayer adds.
+    void add(const float* norm) {
+        each_row([&](int64_t i) {
+            float *x = x_ + i * model_.width, *h = h_ + i * model_.width;
+            if (norm) rms_norm(h, norm, h, model_.width, model_.eps);
+            for (int k = 0; k < model_.width; k++) x[k] += h[k];
+        });
+    }
+
+    void feed_forward(const Layer& l) {
+        const int64_t size = (int64_t)count_ * model_.ffn;
+        auto *gate = memory_.gate.get<float>(size), *up = memory_.up.get<float>(size);
+        normalise(x_, l.ffn_norm);
+        products(h_, model_.width, {{l.gate, gate}, {l.up, up}});
+        pool_.run(size, 4096, [&](int64_t begin, int64_t end, int) {
+            int64_t i = begin;
+            for (; i + LANES <= end; i += LANES) {
+                const F g = load<F>(gate + i);
+                store(gate + i, (model_.gelu ? gelu_tanh(g) : silu(g)) * load<F>(up + i));
+            }
+            for (; i < end; i++) {
+                const F g = splat(gate[i]);
+                gate[i] = (model_.gelu ? gelu_tanh(g) : silu(g))[0] * up[i];
+            }
+        });
+        products(gate, model_.ffn, {{l.down, h_}});
+        add(l.after_ffn_norm);
+    }
+
+    const Model& model_;
+    Memory& memory_;
+    const int first_, count_;
+    Pool& pool_;
+    float *x_, *h_;
+};
+
+}  // namespace
+
+void read(const Model& model, const int32_t* tokens, int first, int count, bool every, float* logits,
+          Pool& pool) {
+    static thread_local Memory memory;
+    Reader reader(model, memory, first, count, pool);
+    reader.embed(tokens);
+    for (int i = 0; i < model.layer_count; i++) reader.layer(i);
+    reader.answer(every, logits);
+}
+
+}  // namespace ql

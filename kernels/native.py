@@ -1,0 +1,223 @@
+"""The C ABI of `cpu/api.cpp` in ctypes, and weights in its layout (see `cpu/matrix.h`)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import build
+
+EXACT, INT8_BLOCK, INT8_ROW, INT8_GIVEN, BF16 = range(5)
+"""How the input enters the product; `cpu/input.h`."""
+
+MIDDLE, BYTE, OFFSET = range(3)
+"""Where zero-points come from; `cpu/matrix.h`."""
+
+LANES, COLUMN_PAD = 16, 64
+
+
+class MatrixRecord(Structure):
+    """`Matrix` of cpu/matrix.h."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "columns", "bits", "group", "wide_scales", "zero")),
+        *((name, c_void_p) for name in ("codes", "scales", "zeros", "table", "sums")),
+    )
+
+
+class LinearRecord(Structure):
+    """`Linear` of cpu/decoder.h."""
+
+    _fields_ = (("w", POINTER(MatrixRecord)), ("bias", c_void_p))
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("attention_norm", "ffn_norm", "after_attention_norm", "after_ffn_norm", "q_norm", "k_norm")
+
+
+class LayerRecord(Structure):
+    """`Layer` of cpu/decoder.h."""
+
+    _fields_ = (
+        *((name, LinearRecord) for name in LINEARS),
+        *((name, c_void_p) for name in (*NORMS, "cosine", "sine")),
+        ("window", c_int32),
+    )
+
+
+SIZES = ("layer_count", "width", "heads", "kv_heads", "head_dim", "rotary", "ffn", "vocabulary")
+SCALARS = ("eps", "attention_scale", "attention_cap", "logit_cap", "embedding_scale")
+
+
+class ModelRecord(Structure):
+    """`Model` of cpu/decoder.h."""
+
+    _fields_ = (
+        ("layers", POINTER(LayerRecord)),
+        *((name, c_int32) for name in (*SIZES, "gelu", "mode", "head_mode", "capacity")),
+        *((name, c_float) for name in SCALARS),
+        ("embedding", POINTER(MatrixRecord)),
+        ("head", POINTER(MatrixRecord)),
+        *((name, c_void_p) for name in ("final_norm", "keys", "values")),
+    )
+
+
+class Native:
+    """The library and its threads. Its threads serve one call at a time."""
+
+    def __init__(self, threads: int) -> None:
+        self.library, self.level = build.library()
+        self.threads = threads
+        self.library.ql_pool_new.restype = c_void_p
+        self.library.ql_linear.argtypes = [
+            *(c_void_p, c_void_p, ctypes.c_int64, c_void_p, ctypes.c_int),
+            *(c_void_p,) * 4,
+        ]
+        self.pool = c_void_p(self.library.ql_pool_new(threads))
+
+    def __call__(self, name: str, *arguments: Any) -> int:
+        """Call a function of the library; tensors are passed by address, the pool comes last."""
+        values = [
+            c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in (*arguments, self.pool)
+        ]
+        result: int = getattr(self.library, name)(*values)
+        return result
+
+
+@functools.cache
+def _native(threads: int) -> Native:
+    return Native(threads)
+
+
+def native() -> Native:
+    """The library with as many threads as torch uses now. Raises: BuildError."""
+    return _native(torch.get_num_threads())
+
+
+def side_by_side(grids: Tensor) -> Tensor:
+    """[rows, groups] -> [rows / 16, groups, 16], the last rows padded with zeros."""
+    padded = torch.nn.functional.pad(grids, (0, 0, 0, -grids.shape[0] % LANES))
+    return padded.view(-1, LANES, grids.shape[1]).transpose(1, 2).contiguous()
+
+
+def padded_columns(columns: int) -> int:
+    return -(-columns // COLUMN_PAD) * COLUMN_PAD
+
+
+class Matrix:
+    """A weight [rows, columns] in the native layout; `record` is what C++ reads.
+
+    `tensors` are the only memory it has, by name.
+    """
+
+    def __init__(self, rows: int, columns: int, bits: int, tensors: dict[str, Tensor]) -> None:
+        self.rows, self.columns, self.bits, self.tensors = rows, columns, bits, tensors
+        self.record = MatrixRecord(rows=rows, columns=columns, bits=bits, group=columns)
+        for name in ("codes", "scales", "zeros", "table", "sums"):
+            if name in tensors:
+                setattr(self.record, name, tensors[name].data_ptr())
+
+    @classmethod
+    def affine(
+        cls, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int
+    ) -> Matrix:
+        """w = (code - zero) * scale. codes: uint8 [rows, columns]; scales, zeros: float32 [rows or
+        1, groups]. Zero-points that are no whole numbers from 0 to 255 become offsets -zero * scale.
+        """
+        rows, columns = codes.shape
+        scales, zeros = (t.float().expand(rows, -1) for t in (scales, zeros))
+        whole = bool(((zeros >= 0) & (zeros <= 255) & (zeros == zeros.round())).all())
+        if not whole:
+            return cls.offset(codes, scales, -zeros * scales, bits, group_size)
+        made = cls._packed(codes, scales, bits, group_size)
+        if not bool((zeros == 2 ** (bits - 1)).all()):
+            made.tensors["zeros"] = side_by_side(zeros.to(torch.uint8))
+            made.record.zeros, made.record.zero = made.tensors["zeros"].data_ptr(), BYTE
+        return made
+
+    @classmethod
+    def offset(
+        cls, codes: Tensor, scales: Tensor, offsets: Tensor, bits: int, group_size: int
+    ) -> Matrix:
+        """w = code * scale + offset, as ggml's types with a minimum; arguments as in `affine`."""
+        made = cls._packed(codes, scales, bits, group_size, wide=True)
+        made.tensors["zeros"] = side_by_side(offsets.float())
+        made.record.zeros, made.record.zero = made.tensors["zeros"].data_ptr(), OFFSET
+        return made
+
+    @classmethod
+    def table(cls, codes: Tensor, scales: Tensor, values: Tensor, group_size: int) -> Matrix:
+        """w = values[code] * scale; codes of 4 bits, values float32 [16]."""
+        made = cls._packed(codes, scales, 4, group_size)
+        made.tensors["table"] = values.float().contiguous()
+        made.record.table = made.tensors["table"].data_ptr()
+        return made
+
+    @classmethod
+    def plain(cls, weight: Tensor) -> Matrix:
+        """bfloat16 weights as they are; weight: any float [rows, columns]."""
+        rows, columns = weight.shape
+        source = weight.detach().to(torch.bfloat16).contiguous()
+        codes = torch.empty(-(-rows // LANES) * LANES, padded_columns(columns), dtype=torch.bfloat16)
+        native()("ql_pack_bf16", source, rows, columns, codes)
+        return cls(rows, columns, 16, {"codes": codes})
+
+    @classmethod
+    def _packed(
+        cls, codes: Tensor, scales: Tensor, bits: int, group_size: int, wide: bool = False
+    ) -> Matrix:
+        rows, columns = codes.shape
+        blocks = -(-rows // LANES)
+        planes = torch.empty(
+            blocks, padded_columns(columns) // 8 * bits * LANES, dtype=torch.uint8
+        )
+        native()("ql_pack", codes.contiguous(), rows, columns, bits, planes)
+        scales = scales.float().expand(rows, -1)
+        half = scales.half()
+        wide = wide or not torch.equal(half.float(), scales)
+        sums = codes.sum(1, dtype=torch.int32) - columns * 2 ** (bits - 1)
+        tensors = {
+            "codes": planes,
+            "scales": side_by_side(scales if wide else half),
+            "sums": torch.nn.functional.pad(sums, (0, -rows % LANES)),
+        }
+        made = cls(rows, columns, bits, tensors)
+        made.record.group = min(group_size, columns)
+        made.record.wide_scales = int(wide)
+        return made
+
+    def codes(self) -> Tensor:
+        """The exact codes, uint8 [rows, columns]."""
+        codes = torch.empty(self.rows, self.columns, dtype=torch.uint8)
+        native()("ql_unpack", self.tensors["codes"], self.rows, self.columns, self.bits, codes)
+        return codes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def linear(
+        self,
+        x: Tensor,
+        mode: int = EXACT,
+        bias: Tensor | None = None,
+        step: Tensor | None = None,
+        zero: Tensor | None = None,
+    ) -> Tensor:
+        """y = x w^T + bias, float32 [m, rows] from float32 [m, columns].
+
+        bias: float32 [rows]; step, zero: float32 [m], the input's grid with mode INT8_GIVEN."""
+        threads = native()
+        x = x.contiguous()
+        y = torch.empty(x.shape[0], self.rows)
+        address = [None if t is None else t.data_ptr() for t in (step, zero, bias)]
+        threads.library.ql_linear(
+            ctypes.byref(self.record), x.data_ptr(), x.shape[0], y.data_ptr(), mode, *address,
+            threads.pool,
+        )
+        return y

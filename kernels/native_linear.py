@@ -1,0 +1,91 @@
+"""Linear layers by QuantLab's own C++ (`cpu/`): grids of 2 to 8 bits in groups, and W8A8.
+
+Inputs of weight-only layers stay exact: float32 on vectors, and on AMX tiles two bfloat16 parts that
+keep 16 bits of the fraction. 8-bit inputs are rounded as `reference` does it, and their products are
+whole numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.base import Kernel, Operands, Problem
+from kernels.native import EXACT, INT8_GIVEN, INT8_ROW, Matrix
+
+NAME = "QuantLab native"
+
+
+class NativeLinear:
+    """A prepared layer; see `kernels.base.Prepared`. `matrix` is what the decoder reads as well."""
+
+    def __init__(self, problem: Problem, operands: Operands) -> None:
+        assert problem.bits is not None
+        self.dtype, self.kind = problem.dtype, problem.activation
+        self.matrix = Matrix.affine(
+            operands.codes, operands.scales, operands.zeros, problem.bits, problem.group_size
+        )
+        self.input_scale, self.input_zero = operands.input_scale, operands.input_zero
+        self.bias = None if operands.bias is None else operands.bias.detach().float().contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.float()
+        if self.kind is None:
+            return self.matrix.linear(x, EXACT, self.bias).to(self.dtype)
+        if self.kind == "token":
+            return self.matrix.linear(x, INT8_ROW, self.bias).to(self.dtype)
+        if self.kind == "tensor":
+            step = x.new_full((x.shape[0],), self.input_scale)
+            zero = x.new_full((x.shape[0],), float(self.input_zero))
+        else:
+            grid = reference.dynamic_grid(x, self.kind == "dynamic_token")
+            step, zero = (t.expand(x.shape[0], 1).flatten().contiguous() for t in grid)
+        return self.matrix.linear(x, INT8_GIVEN, self.bias, step, zero).to(self.dtype)
+
+    def codes(self) -> Tensor:
+        return self.matrix.codes()
+
+    def tensors(self) -> dict[str, Tensor]:
+        kept = {f"native_{name}": tensor for name, tensor in self.matrix.tensors.items()}
+        return kept if self.bias is None else {**kept, "bias": self.bias}
+
+
+def probe() -> None:
+    """Build the library and multiply whole numbers, one row and many.
+
+    Raises: BuildError, or RuntimeError where a product is wrong."""
+    codes = (torch.arange(40 * 96).reshape(40, 96) * 7 % 16).to(torch.uint8)
+    operands = Operands(codes, torch.full((40, 3), 0.5), torch.full((40, 3), 3.0))
+    layer = NativeLinear(Problem(40, 96, 4, 32, False, None, "cpu", torch.float32), operands)
+    expected = ((codes.float() - 3) * 0.5).T
+    x = torch.eye(96)
+    for rows in (1, 96):
+        if not torch.equal(layer(x[:rows]), expected[:rows]):
+            raise RuntimeError("the compiled kernels multiply wrongly on this machine")
+    if not torch.equal(layer.codes(), codes):
+        raise RuntimeError("the compiled kernels do not give the codes back")
+
+
+WEIGHT_ONLY = Kernel(
+    name=NAME,
+    devices=("cpu",),
+    dtypes=(torch.bfloat16, torch.float32),
+    bits=(2, 3, 4, 5, 6, 7, 8),
+    group_multiple=4,
+    activations=(None,),
+    asymmetric=True,
+    probe=probe,
+    prepare=NativeLinear,
+)
+W8A8 = Kernel(
+    name=f"{NAME} W8A8",
+    devices=("cpu",),
+    dtypes=(torch.bfloat16, torch.float32),
+    bits=(8,),
+    group_multiple=None,
+    activations=("token", "tensor", "dynamic_tensor", "dynamic_token"),
+    asymmetric=False,
+    probe=probe,
+    prepare=NativeLinear,
+)
