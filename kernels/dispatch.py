@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from kernels import torch_int4, torch_int8, torch_outlier, torch_w8a8
+from kernels import native_linear, torch_int4, torch_int8, torch_outlier, torch_w8a8
 from kernels.base import Choice, Kernel, Operands, Prepared, Problem
 
 KERNELS: tuple[Kernel, ...] = (
+    native_linear.WEIGHT_ONLY,
+    native_linear.W8A8,
     torch_int4.KERNEL,
     torch_int8.KERNEL,
     torch_w8a8.KERNEL,

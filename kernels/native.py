@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import build
 
-EXACT, INT8_BLOCK, INT8_ROW, INT8_GIVEN, BF16 = range(5)
+EXACT, INT8_BLOCK, INT8_ROW, INT8_GIVEN, BF16, INT8_RANGE_ROW, INT8_RANGE, INT8_OUTLIERS = range(8)
 """How the input enters the product; `cpu/input.h`."""
 
 MIDDLE, BYTE, OFFSET = range(3)
@@ -30,10 +30,19 @@ class MatrixRecord(Structure):
     )
 
 
+class How(Structure):
+    """`How` of cpu/input.h: the mode, a given step and zero-point, the least outlier."""
+
+    _fields_ = (
+        ("mode", c_int32),
+        *((name, c_float) for name in ("step", "zero", "threshold")),
+    )
+
+
 class LinearRecord(Structure):
     """`Linear` of cpu/decoder.h."""
 
-    _fields_ = (("w", POINTER(MatrixRecord)), ("bias", c_void_p))
+    _fields_ = (("w", POINTER(MatrixRecord)), ("bias", c_void_p), ("how", How))
 
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -59,10 +68,10 @@ class ModelRecord(Structure):
 
     _fields_ = (
         ("layers", POINTER(LayerRecord)),
-        *((name, c_int32) for name in (*SIZES, "gelu", "mode", "head_mode", "capacity")),
+        *((name, c_int32) for name in (*SIZES, "gelu", "capacity")),
         *((name, c_float) for name in SCALARS),
         ("embedding", POINTER(MatrixRecord)),
-        ("head", POINTER(MatrixRecord)),
+        ("head", LinearRecord),
         *((name, c_void_p) for name in ("final_norm", "keys", "values")),
     )
 
@@ -75,7 +84,7 @@ class Native:
         self.threads = threads
         self.library.ql_pool_new.restype = c_void_p
         self.library.ql_linear.argtypes = [
-            *(c_void_p, c_void_p, ctypes.c_int64, c_void_p, ctypes.c_int),
+            *(c_void_p, c_void_p, ctypes.c_int64),
             *(c_void_p,) * 4,
         ]
         self.pool = c_void_p(self.library.ql_pool_new(threads))
@@ -201,23 +210,13 @@ class Matrix:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def linear(
-        self,
-        x: Tensor,
-        mode: int = EXACT,
-        bias: Tensor | None = None,
-        step: Tensor | None = None,
-        zero: Tensor | None = None,
-    ) -> Tensor:
-        """y = x w^T + bias, float32 [m, rows] from float32 [m, columns].
-
-        bias: float32 [rows]; step, zero: float32 [m], the input's grid with mode INT8_GIVEN."""
+    def linear(self, x: Tensor, how: How, bias: Tensor | None = None) -> Tensor:
+        """y = x w^T + bias, float32 [m, rows] from float32 [m, columns]; bias: float32 [rows]."""
         threads = native()
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.rows)
-        address = [None if t is None else t.data_ptr() for t in (step, zero, bias)]
         threads.library.ql_linear(
-            ctypes.byref(self.record), x.data_ptr(), x.shape[0], y.data_ptr(), mode, *address,
-            threads.pool,
+            *(ctypes.byref(self.record), x.data_ptr(), x.shape[0], y.data_ptr()),
+            *(ctypes.byref(how), None if bias is None else bias.data_ptr(), threads.pool),
         )
         return y

@@ -10,11 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import native
 from kernels.base import Kernel, Operands, Problem
-from kernels.native import EXACT, INT8_GIVEN, INT8_ROW, Matrix
 
 NAME = "QuantLab native"
+
+
+MODES = {
+    None: native.EXACT,
+    "token": native.INT8_ROW,
+    "tensor": native.INT8_GIVEN,
+    "dynamic_token": native.INT8_RANGE_ROW,
+    "dynamic_tensor": native.INT8_RANGE,
+    "outlier": native.INT8_OUTLIERS,
+}
+
+
+def how_for(problem: Problem, operands: Operands) -> native.How:
+    """How the input of a layer enters its product."""
+    return native.How(
+        MODES[problem.activation], operands.input_scale, operands.input_zero, operands.threshold
+    )
 
 
 class NativeLinear:
@@ -23,25 +39,14 @@ class NativeLinear:
     def __init__(self, problem: Problem, operands: Operands) -> None:
         assert problem.bits is not None
         self.dtype, self.kind = problem.dtype, problem.activation
-        self.matrix = Matrix.affine(
+        self.matrix = native.Matrix.affine(
             operands.codes, operands.scales, operands.zeros, problem.bits, problem.group_size
         )
-        self.input_scale, self.input_zero = operands.input_scale, operands.input_zero
+        self.how = how_for(problem, operands)
         self.bias = None if operands.bias is None else operands.bias.detach().float().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.float()
-        if self.kind is None:
-            return self.matrix.linear(x, EXACT, self.bias).to(self.dtype)
-        if self.kind == "token":
-            return self.matrix.linear(x, INT8_ROW, self.bias).to(self.dtype)
-        if self.kind == "tensor":
-            step = x.new_full((x.shape[0],), self.input_scale)
-            zero = x.new_full((x.shape[0],), float(self.input_zero))
-        else:
-            grid = reference.dynamic_grid(x, self.kind == "dynamic_token")
-            step, zero = (t.expand(x.shape[0], 1).flatten().contiguous() for t in grid)
-        return self.matrix.linear(x, INT8_GIVEN, self.bias, step, zero).to(self.dtype)
+        return self.matrix.linear(x.float(), self.how, self.bias).to(self.dtype)
 
     def codes(self) -> Tensor:
         return self.matrix.codes()
@@ -84,7 +89,7 @@ W8A8 = Kernel(
     dtypes=(torch.bfloat16, torch.float32),
     bits=(8,),
     group_multiple=None,
-    activations=("token", "tensor", "dynamic_tensor", "dynamic_token"),
+    activations=("token", "tensor", "dynamic_tensor", "dynamic_token", "outlier"),
     asymmetric=False,
     probe=probe,
     prepare=NativeLinear,

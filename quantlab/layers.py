@@ -112,6 +112,11 @@ class QuantLinear(nn.Module):
         return dispatch.prepare(problem, operands)
 
     @property
+    def prepared(self) -> Prepared | None:
+        """The weight in its kernel's layout, None where the reference runs it."""
+        return self._prepared
+
+    @property
     def weight_packed(self) -> PackedWeight:
         """The plain packed weight, bit for bit the one the layer was made from."""
         if self._plain is not None:

@@ -48,13 +48,14 @@ int ql_mode_for(int mode, int rows, int table, int bits) {
     return mode_for(mode, rows, table != 0, bits);
 }
 
-// y[rows][w.rows] = x[rows][w.columns] w^T + bias; step and zero [rows] only for INT8_GIVEN.
-void ql_linear(const Matrix* w, const float* x, int64_t rows, float* y, int mode, const float* step,
-               const float* zero, const float* bias, void* pool) {
+// y[rows][w.rows] = x[rows][w.columns] w^T + bias.
+void ql_linear(const Matrix* w, const float* x, int64_t rows, float* y, const How* how, const float* bias,
+               void* pool) {
     static thread_local Input in;
     Pool& threads = *(Pool*)pool;
-    const int real = mode_for(mode, (int)rows, w->table != nullptr, w->bits);
-    prepare(in, x, (int)rows, w->columns, w->columns, real, step, zero, threads);
+    How real = *how;
+    real.mode = mode_for(how->mode, (int)rows, w->table != nullptr, w->bits);
+    prepare(in, x, (int)rows, w->columns, w->columns, real, threads);
     multiply(*w, in, y, w->rows, bias, threads);
 }
 

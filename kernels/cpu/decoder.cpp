@@ -71,7 +71,7 @@ class Reader {
         auto* v = memory_.v.get<float>((int64_t)count_ * kv_width);
         auto* out = memory_.out.get<float>((int64_t)count_ * std::max(q_width, model_.width));
         normalise(x_, l.attention_norm);
-        products(h_, model_.width, {{l.q, q}, {l.k, k}, {l.v, v}});
+        products(h_, model_.width, count_, {{l.q, q}, {l.k, k}, {l.v, v}});
         const int64_t a_layer = (int64_t)model_.kv_heads * model_.capacity * model_.head_dim;
         const Cache cache{model_.keys + a_layer * index, model_.values + a_layer * index,
                           model_.kv_heads, model_.capacity, model_.head_dim};
@@ -83,7 +83,7 @@ class Reader {
         const Attention attention{model_.heads, model_.head_dim, model_.attention_scale,
                                   model_.attention_cap, l.window};
         attend(attention, cache, q, out, first_, count_, pool_);
-        products(out, q_width, {{l.o, h_}});
+        products(out, q_width, count_, {{l.o, h_}});
         add(l.after_attention_norm);
         feed_forward(l);
     }
@@ -97,10 +97,7 @@ class Reader {
                 rms_norm(x_ + (from + i) * model_.width, model_.final_norm, last + i * model_.width,
                          model_.width, model_.eps);
         });
-        const Matrix& head = *model_.head;
-        const int mode = mode_for(model_.head_mode, rows, head.table != nullptr, head.bits);
-        prepare(memory_.input, last, rows, model_.width, model_.width, mode, nullptr, nullptr, pool_);
-        multiply(head, memory_.input, logits, model_.vocabulary, nullptr, pool_);
+        products(last, model_.width, rows, {{model_.head, logits}});
         if (model_.logit_cap > 0)
             pool_.run((int64_t)rows * model_.vocabulary, 4096, [&](int64_t begin, int64_t end, int) {
                 for (int64_t i = begin; i < end; i++) logits[i] = softcap(logits[i], model_.logit_cap);
@@ -132,14 +129,16 @@ class Reader {
         }
     }
 
-    void products(const float* x, int columns, std::initializer_list<Job> jobs) {
-        int prepared = -1;
+    // Layers that read one input share its preparation.
+    void products(const float* x, int columns, int rows, std::initializer_list<Job> jobs) {
+        How prepared{-1, 0, 0, 0};
         for (const Job& job : jobs) {
             const Matrix& w = *job.linear.w;
-            const int mode = mode_for(model_.mode, count_, w.table != nullptr, w.bits);
-            if (mode != prepared) {
-                prepare(memory_.input, x, count_, columns, columns, mode, nullptr, nullptr, pool_);
-                prepared = mode;
+            How how = job.linear.how;
+            how.mode = mode_for(how.mode, rows, w.table != nullptr, w.bits);
+            if (!(how == prepared)) {
+                prepare(memory_.input, x, rows, columns, columns, how, pool_);
+                prepared = how;
             }
             multiply(w, memory_.input, job.y, w.rows, job.linear.bias, pool_);
         }
@@ -158,7 +157,7 @@ class Reader {
         const int64_t size = (int64_t)count_ * model_.ffn;
         auto *gate = memory_.gate.get<float>(size), *up = memory_.up.get<float>(size);
         normalise(x_, l.ffn_norm);
-        products(h_, model_.width, {{l.gate, gate}, {l.up, up}});
+        products(h_, model_.width, count_, {{l.gate, gate}, {l.up, up}});
         pool_.run(size, 4096, [&](int64_t begin, int64_t end, int) {
             int64_t i = begin;
             for (; i + LANES <= end; i += LANES) {
@@ -170,7 +169,7 @@ class Reader {
                 gate[i] = (model_.gelu ? gelu_tanh(g) : silu(g))[0] * up[i];
             }
         });
-        products(gate, model_.ffn, {{l.down, h_}});
+        products(gate, model_.ffn, count_, {{l.down, h_}});
         add(l.after_ffn_norm);
     }
 

@@ -6,10 +6,11 @@
 
 namespace ql {
 
-// A linear layer: its matrix, and its bias or null.
+// A linear layer: its matrix, its bias or null, and how its input enters.
 struct Linear {
     const Matrix* w;
     const float* bias;
+    How how;
 };
 
 // One block. Norm weights are float32 with any offset added; absent ones are null.
@@ -26,11 +27,10 @@ struct Model {
     const Layer* layers;
     int32_t layer_count, width, heads, kv_heads, head_dim, rotary, ffn, vocabulary;
     int32_t gelu;        // 0: SiLU
-    int32_t mode;        // enum Mode of the blocks' linears
-    int32_t head_mode;   // enum Mode of the head
     int32_t capacity;    // positions of the cache, a multiple of 16
     float eps, attention_scale, attention_cap, logit_cap, embedding_scale;
-    const Matrix *embedding, *head;
+    const Matrix* embedding;
+    Linear head;
     const float* final_norm;
     float *keys, *values;  // of all layers: [layers] of what `Cache` describes
 };

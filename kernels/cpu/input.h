@@ -13,7 +13,28 @@
 
 namespace ql {
 
-enum Mode : int32_t { EXACT = 0, INT8_BLOCK = 1, INT8_ROW = 2, INT8_GIVEN = 3, BF16 = 4 };
+enum Mode : int32_t {
+    EXACT = 0,         // float32, or on tiles two bfloat16 parts
+    INT8_BLOCK = 1,    // a step a block of 32 columns, max |x| / 127
+    INT8_ROW = 2,      // a step a row, max |x| / 127
+    INT8_GIVEN = 3,    // one step and zero-point for everything, known beforehand
+    BF16 = 4,          // bfloat16
+    INT8_RANGE_ROW = 5,  // step and zero-point of [min(x, 0), max(x, 0)], a row
+    INT8_RANGE = 6,      // the same of the whole input
+    INT8_OUTLIERS = 7,   // INT8_ROW but for columns where some |x| reaches the threshold
+};
+
+// How an input is to be prepared; step and zero serve INT8_GIVEN, threshold INT8_OUTLIERS.
+struct How {
+    int32_t mode;
+    float step, zero, threshold;
+
+    bool int8() const { return mode != EXACT && mode != BF16; }
+    bool has_zero() const { return mode == INT8_GIVEN || mode == INT8_RANGE_ROW || mode == INT8_RANGE; }
+    bool operator==(const How& o) const {
+        return mode == o.mode && step == o.step && zero == o.zero && threshold == o.threshold;
+    }
+};
 
 struct Buffer {
     // Memory that grows and is kept; 64-byte aligned.
@@ -42,13 +63,18 @@ struct Input {
     // will be multiplied: x ~ high + low in bfloat16 (32 columns a tile), or q (64 columns).
     const uint16_t *high = nullptr, *low = nullptr;
     const int8_t* q_tiles = nullptr;
+    std::vector<int> outliers;  // columns that are left out of q, for INT8_OUTLIERS
     const float* row_total = nullptr;  // [rows]: the sum of `total`, beside q_tiles
     Buffer q_, step_, total_, shift_, padded_, high_, low_, tiles_, row_total_;
 
     int blocks() const { return padded / CHUNK; }
 };
 
-// Round x to int8 as `mode` says; given_step and given_zero serve INT8_GIVEN.
-void quantize(Input& in, int mode, const float* given_step, const float* given_zero, int first, int last);
+// Round rows first to last - 1 of x to int8. `how` has no INT8_RANGE (which became INT8_GIVEN).
+void quantize(Input& in, const How& how, int first, int last);
+// INT8_GIVEN with the step and zero-point of the whole input.
+How range_of_all(const Input& in);
+// The columns with some |x| >= threshold.
+void find_outliers(Input& in, float threshold);
 
 }  // namespace ql

@@ -206,20 +206,20 @@ void add_up(const float* x, int columns, float* totals, int64_t blocks) {
 
 int mode_for(int mode, int rows, bool table, int bits) {
     const bool tiles = QL_LEVEL >= 4 && rows >= TILE_FROM;
-    if (mode == INT8_ROW || mode == INT8_GIVEN) return mode;
+    if (mode == INT8_ROW || mode == INT8_GIVEN || mode > BF16) return mode;
     if (bits == 16 || table) return tiles && mode != EXACT && !table ? BF16 : EXACT;
     if (mode == INT8_BLOCK) return tiles ? BF16 : INT8_BLOCK;
     return mode == BF16 && !tiles ? EXACT : mode;
 }
 
-void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, int mode,
-             const float* given_step, const float* given_zero, Pool& pool) {
+void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, How how, Pool& pool) {
     in.rows = rows;
     in.columns = columns;
     in.padded = (columns + COLUMN_PAD - 1) / COLUMN_PAD * COLUMN_PAD;
     in.x = x;
     in.stride = stride;
-    in.int8 = mode == INT8_BLOCK || mode == INT8_ROW || mode == INT8_GIVEN;
+    in.int8 = how.int8();
+    in.outliers.clear();
     in.shift = nullptr;
     in.high = in.low = nullptr;
     in.q_tiles = nullptr;
@@ -228,9 +228,11 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, i
     if (in.int8) {
         in.q = in.q_.get<int8_t>((int64_t)rows * in.padded);
         in.step = in.step_.get<float>(rows * blocks);
-        if (mode == INT8_GIVEN) in.shift = in.shift_.get<float>(rows);
+        if (how.has_zero()) in.shift = in.shift_.get<float>(rows);
+        if (how.mode == INT8_RANGE) how = range_of_all(in);
+        if (how.mode == INT8_OUTLIERS) find_outliers(in, how.threshold);
         pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
-            quantize(in, mode, given_step, given_zero, (int)first, (int)last);
+            quantize(in, how, (int)first, (int)last);
         });
     } else {
         // The vector path reads whole blocks of 32 columns.
@@ -250,12 +252,14 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, i
         }
     }
 #if QL_LEVEL >= 4
-    if (rows >= TILE_FROM) arrange_tiles(in, mode, pool);
+    if (rows >= TILE_FROM) arrange_tiles(in, how.mode, pool);
 #endif
 }
 
-void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
-              Pool& pool) {
+namespace {
+
+void multiply_most(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
+                   Pool& pool) {
     const Target out{y, y_stride, bias, w.rows};
 #if QL_LEVEL >= 4
     const bool whole = w.bits == 16 || w.groups() == 1 || w.group % CHUNK == 0;
@@ -283,6 +287,33 @@ void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, cons
         for (; m < in.rows; m++)
             for (int64_t block = first; block < last; block++) some_rows<1>(w, in, (int)block, m, out);
     });
+}
+
+// y += the columns of 8-bit weights that int8 inputs left out, times the inputs as they are.
+void add_outliers(const Matrix& w, const Input& in, float* y, int64_t y_stride, Pool& pool) {
+    pool.run(w.row_blocks(), 4, [&](int64_t first, int64_t last, int) {
+        for (int64_t block = first; block < last; block++) {
+            const int n0 = (int)block * LANES, count = std::min(LANES, w.rows - n0);
+            const F s = w.scale((int)block, 0), z = w.zero_of((int)block, 0);
+            for (int k : in.outliers) {
+                const U8 step = load<U8>(w.block((int)block) + k / 4 * 64);
+                const F column = s * (to_float(byte_of(step, k % 4)) - z);
+                for (int m = 0; m < in.rows; m++) {
+                    const float x = in.x[m * in.stride + k];
+                    float* to = y + m * y_stride + n0;
+                    for (int l = 0; l < count; l++) to[l] += column[l] * x;
+                }
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
+              Pool& pool) {
+    multiply_most(w, in, y, y_stride, bias, pool);
+    if (!in.outliers.empty()) add_outliers(w, in, y, y_stride, pool);
 }
 
 }  // namespace ql

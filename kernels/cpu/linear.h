@@ -7,9 +7,8 @@
 namespace ql {
 
 // Make `in` ready for products with matrices of `columns` columns in `mode`: int8 codes or bfloat16
-// parts. x: [rows][stride] float32. Keeps pointers into x.
-void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, int mode,
-             const float* given_step, const float* given_zero, Pool& pool);
+// parts. x: [rows][stride] float32; pointers into it are kept.
+void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, How how, Pool& pool);
 
 // The product; `in` was prepared in a mode that suits w (see `mode_for`). y: [rows][y_stride].
 void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,

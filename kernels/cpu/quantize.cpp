@@ -46,47 +46,93 @@ inline F part(const float* x, int k, int columns) {
     return v;
 }
 
+// The grid of 0 to 255 that spans [low, high] and zero: (step, zero).
+struct Range {
+    float low = 0, high = 0;
+
+    void widen(const float* x, int columns) {
+        for (int k = 0; k < columns; k++) {
+            low = x[k] < low ? x[k] : low;
+            high = x[k] > high ? x[k] : high;
+        }
+    }
+    float step() const {
+        const float s = (high - low) / 255.f;
+        return s < 1e-12f ? 1e-12f : s;
+    }
+    float zero() const {
+        const float z = std::nearbyint(-low / step());
+        return z < 0 ? 0.f : z > 255 ? 255.f : z;
+    }
+};
+
+float peak_of(const float* x, int columns, float below) {
+    F top{};
+    for (int k = 0; k < columns; k += LANES) {
+        const F v = magnitude(part(x, k, columns));
+        top = larger(top, v < splat(below) ? v : F{});
+    }
+    return largest(top);
+}
+
 }  // namespace
 
-void quantize(Input& in, int mode, const float* given_step, const float* given_zero, int first,
-              int last) {
+How range_of_all(const Input& in) {
+    Range range;
+    for (int m = 0; m < in.rows; m++) range.widen(in.x + m * in.stride, in.columns);
+    return {INT8_GIVEN, range.step(), range.zero(), 0};
+}
+
+void find_outliers(Input& in, float threshold) {
+    in.outliers.clear();
+    for (int k = 0; k < in.columns; k++)
+        for (int m = 0; m < in.rows; m++)
+            if (std::fabs(in.x[m * in.stride + k]) >= threshold) {
+                in.outliers.push_back(k);
+                break;
+            }
+}
+
+void quantize(Input& in, const How& how, int first, int last) {
     const int blocks = in.blocks();
     for (int m = first; m < last; m++) {
         const float* x = in.x + m * in.stride;
         int8_t* q = const_cast<int8_t*>(in.q) + (int64_t)m * in.padded;
         float* step = const_cast<float*>(in.step) + (int64_t)m * blocks;
         float* total = const_cast<float*>(in.total) + (int64_t)m * blocks;
-        float row_step = 1.f, zero = 0.f;
-        if (mode == INT8_ROW) {
-            F top{};
-            for (int k = 0; k < in.columns; k += LANES)
-                top = larger(top, magnitude(part(x, k, in.columns)));
-            row_step = step_of(largest(top));
-        }
-        if (mode == INT8_GIVEN) {
-            row_step = given_step[m];
-            zero = given_zero[m] - 128.f;  // codes 0 to 255 become signed
+        float row_step = how.step, zero = 0.f;
+        if (how.mode == INT8_ROW) row_step = step_of(peak_of(x, in.columns, INFINITY));
+        if (how.mode == INT8_OUTLIERS) row_step = step_of(peak_of(x, in.columns, how.threshold));
+        if (how.has_zero()) {
+            float given = how.zero;
+            if (how.mode == INT8_RANGE_ROW) {
+                Range range;
+                range.widen(x, in.columns);
+                row_step = range.step();
+                given = range.zero();
+            }
+            zero = given - 128.f;  // codes 0 to 255 become signed
             const_cast<float*>(in.shift)[m] = -zero;
         }
+        const float bottom = how.has_zero() ? -128.f : -127.f;
         for (int b = 0; b < blocks; b++) {
             const int k = b * CHUNK;
             F low = part(x, k, in.columns), high = part(x, k + LANES, in.columns);
             float s = row_step;
-            if (mode == INT8_BLOCK) s = step_of(largest(larger(magnitude(low), magnitude(high))));
-            low = round_even(low / splat(s)) + splat(zero);
-            high = round_even(high / splat(s)) + splat(zero);
-            const float bottom = mode == INT8_GIVEN ? -128.f : -127.f;
-            low = bounded(low, bottom, 127.f);
-            high = bounded(high, bottom, 127.f);
+            if (how.mode == INT8_BLOCK) s = step_of(largest(larger(magnitude(low), magnitude(high))));
+            low = bounded(round_even(low / splat(s)) + splat(zero), bottom, 127.f);
+            high = bounded(round_even(high / splat(s)) + splat(zero), bottom, 127.f);
             store_bytes(q + k, low);
             store_bytes(q + k + LANES, high);
             step[b] = s;
-            float added = 0;
-            const int count = in.columns - k < CHUNK ? in.columns - k : CHUNK;
-            if (count < CHUNK)  // padding is code 0, also where 0 would not be
-                for (int i = count < 0 ? 0 : count; i < CHUNK; i++) q[k + i] = 0;
-            for (int i = 0; i < count; i++) added += q[k + i];
-            total[b] = added * s;
+        }
+        for (int k : in.outliers) q[k] = 0;
+        // Padding is code 0, also where the zero-point is another.
+        std::memset(q + in.columns, 0, in.padded - in.columns);
+        for (int b = 0; b < blocks; b++) {
+            int added = 0;
+            for (int i = 0; i < CHUNK; i++) added += q[b * CHUNK + i];
+            total[b] = (float)added * step[b];
         }
     }
 }
