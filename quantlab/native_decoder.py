@@ -21,7 +21,7 @@ from kernels.native_linear import NativeLinear
 from quantlab.engine import Choose, context_length, greedy
 from quantlab.errors import ConfigError
 from quantlab.layers import QuantEmbedding, QuantLinear
-from quantlab.native_weights import matrix_of
+from quantlab.native_weights import matrix_of, native_form
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """transformers' model types whose blocks cpu/decoder.cpp computes."""
@@ -36,8 +36,8 @@ PATHS = {
     "down": "mlp.down_proj",
 }
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_tanh": 1}
-CHUNK = 128
-"""Positions whose logits are made at a time: 25 MB at a vocabulary of 49,152."""
+CHUNK = 256
+"""Positions whose logits are made at a time: 50 MB at a vocabulary of 49,152."""
 
 
 def refusal(module: Any) -> str | None:
@@ -55,8 +55,10 @@ def refusal(module: Any) -> str | None:
     for linear in (*linears_of(module), module.get_output_embeddings()):
         if isinstance(linear, nn.Linear) and linear.weight.dtype != torch.bfloat16:
             return f"the native decoder takes no {linear.weight.dtype} weights"
-        if linear.weight.device.type != "cpu":
-            return "the native decoder runs on a CPU"
+        if isinstance(linear, QuantLinear) and not isinstance(linear.prepared, NativeLinear):
+            form = native_form(linear.weight_packed)
+            if form is not None:
+                return form
     try:
         native.native()
     except BuildError as error:
@@ -90,6 +92,7 @@ class NativeDecoder:
         self.context = context_length(module)
         self.capacity = -(-capacity // native.LANES) * native.LANES
         self._kept: list[Any] = []  # what the records point to
+        self._modes: set[int] = set()
         blocks = module.base_model.layers
         attention = blocks[0].self_attn
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -189,7 +192,16 @@ class NativeDecoder:
         else:
             matrix, how = native.Matrix.plain(linear.weight), exact
         self._kept.append(matrix)
+        self._modes.add(how.mode)
         return matrix, how
+
+    @property
+    def info(self) -> str:
+        """The decoder, its instruction set, and how inputs enter the products."""
+        level = native.native().level.label
+        eight = self._modes - {native.EXACT}
+        inputs = "exact" if not eight else "8-bit" if len(eight) == len(self._modes) else "mixed"
+        return f"QuantLab native decoder ({level}), {inputs} inputs"
 
     def _outer(self, module: Any) -> tuple[Any, native.LinearRecord]:
         """The embedding's matrix and the head; tied ones share their memory."""

@@ -6,7 +6,20 @@ import torch
 
 from kernels import native
 from kernels.native_linear import MODES
+from quantlab.codebook import codebook
 from quantlab.packing import AffineWeight, CodebookWeight, GGMLWeight, OutlierWeight, PackedWeight
+
+
+def native_form(weight: PackedWeight) -> str | None:
+    """Why this weight has no native form, None where it has."""
+    if isinstance(weight, (AffineWeight, OutlierWeight)):
+        return None
+    if isinstance(weight, CodebookWeight):
+        if weight.columns % weight.block_size:
+            return f"no native layout for blocks of {weight.block_size} that run across rows"
+        return None
+    kind = weight.type if isinstance(weight, GGMLWeight) else type(weight).__name__
+    return f"no native layout for {kind} weights"
 
 
 def matrix_of(weight: PackedWeight) -> tuple[native.Matrix, native.How | None]:
@@ -31,4 +44,12 @@ def matrix_of(weight: PackedWeight) -> tuple[native.Matrix, native.How | None]:
         if weight.threshold:
             how = native.How(native.INT8_OUTLIERS, threshold=weight.threshold)
         return matrix, how
-    raise NotImplementedError(f"no native layout for {type(weight).__name__}")
+    if reason := native_form(weight):
+        raise NotImplementedError(reason)
+    assert isinstance(weight, CodebookWeight)
+    count = weight.rows * weight.columns
+    pairs = torch.stack((weight.codes >> 4, weight.codes & 15), 1).flatten()[:count]
+    scales = weight.block_absmax().view(weight.rows, -1)
+    values = codebook(weight.codebook)
+    codes = pairs.view(weight.rows, weight.columns)
+    return native.Matrix.table(codes, scales, values, weight.block_size), None

@@ -1,7 +1,7 @@
 """A variant ready to run: logits of windows, greedy decoding, and what it honestly is.
 
-Three engines stand behind one face: transformers modules with QuantLab's layers, llama.cpp for
-GGUF files, and ONNX Runtime for its own.
+Four engines stand behind one face: QuantLab's own for Llama-like models on a CPU, transformers
+modules with QuantLab's layers for the rest, llama.cpp for GGUF files, and ONNX Runtime for its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from quantlab.layers import kernel_report
 from quantlab.llamacpp import LlamaCpp
 from quantlab.metrics.quality import TorchScorer
 from quantlab.metrics.speed import Decoder, Speed, measure_speed
+from quantlab.native_decoder import NativeDecoder, NativeSession, refusal
 from quantlab.onnx_engine import OnnxModel
 from quantlab.types import Execution
 
@@ -67,6 +68,53 @@ class TorchRunner:
 
     def close(self) -> None:
         self.module = torch.nn.Module()
+
+
+class NativeRunner:
+    """A Llama-like model in the native decoder; the transformers module is not kept."""
+
+    fallbacks: tuple[str, ...] = ()
+    execution: Execution = "packed"
+
+    def __init__(self, module: Any, bos: int | None, context: int) -> None:
+        self._bos, self._context = bos, context
+        # One more: the begin token that goes before a window.
+        self._decoder: NativeDecoder | None = NativeDecoder(module, context + 1)
+        self.kernel = self._decoder.info
+
+    def _open(self) -> NativeDecoder:
+        assert self._decoder is not None
+        return self._decoder
+
+    def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+        return self._open().chunks(window, self._bos)
+
+    def session(self, choose: Choose = greedy) -> Decoder:
+        return NativeSession(self._open(), choose)
+
+    def speed(self) -> Speed | None:
+        return measure_speed(self.session(), self._open().vocabulary, self._context)
+
+    def other_peak_bytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._decoder = None
+
+
+def open_module(module: Any, bos: int | None, device: str, context: int) -> Runner:
+    """The native decoder where it computes this model, else transformers; why not is a fallback.
+
+    An unquantized float32 model is meant to run in torch: there it is no fallback."""
+    reason = f"the native decoder runs on a CPU, not on {device}"
+    if device == "cpu":
+        reason = refusal(module) or ""
+        if not reason:
+            return NativeRunner(module, bos, context)
+    runner = TorchRunner(module, bos, device, context)
+    if module.get_output_embeddings().weight.dtype != torch.float32:
+        runner.fallbacks += (f"transformers modules: {reason}",)
+    return runner
 
 
 class LlamaCppRunner:

@@ -27,7 +27,7 @@ from quantlab.models import LoadedModel, ModelSource, load
 from quantlab.outer import check_outer, pack_outer
 from quantlab.packing import PackedWeight
 from quantlab.paths import home
-from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, TorchRunner
+from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, open_module
 from quantlab.training.workshop import Workshop
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
 
@@ -291,4 +291,4 @@ def open_runner(
         dtype = torch.float32 if variant.method == "fp32" else torch.bfloat16
         model = _load(source, spec, dtype)
     context = int(getattr(model.module.config, "max_position_embeddings", MAX_CONTEXT))
-    return TorchRunner(model.module, bos, device, min(context, MAX_CONTEXT))
+    return open_module(model.module, bos, device, min(context, MAX_CONTEXT))

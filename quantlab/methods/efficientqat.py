@@ -96,7 +96,8 @@ class EfficientQATConfig(base.WeightConfig):
     e2e_rate: float = base.option(
         0.01,
         "Learning rate, end to end",
-        "What a step can move by in one step of E2E-QP, as a fraction of itself.",
+        "What a step can move by in one step of E2E-QP at 2 bits, as a fraction of itself; a quarter "
+        "of it for each further bit, since finer grids have less to gain and more to lose.",
         minimum=0.0,
         maximum=1.0,
         step=0.001,
@@ -147,7 +148,8 @@ class EfficientQAT(base.Quantizer):
         self._block_ap(model, ids, config, workshop)
         blocks = block_list(model.module, model.family)
         if config.e2e_epochs:
-            rates = Rates(weights=0.0, steps=config.e2e_rate, zeros=0.0, others=0.0)
+            rate = config.e2e_rate * 4.0 ** (2 - config.bits)
+            rates = Rates(weights=0.0, steps=rate, zeros=0.0, others=0.0)
             train_model(
                 model.module,
                 list(blocks),
