@@ -118,6 +118,7 @@ class GPTQ(base.Quantizer):
     summary = "Compensates each column's rounding error in the columns after it, by second moments."
     bits = (4, 2, 3, 8)
     needs = ("second_moment",)
+    sequential = True
     Config = GPTQConfig
 
     def needs_for(self, config: GPTQConfig) -> tuple[StatKind, ...]:
