@@ -12,6 +12,7 @@ from torch import Tensor
 from quantlab.calibration import ActStats, BlockRunner
 from quantlab.errors import MethodError
 from quantlab.grid import all_finite
+from quantlab.heap import kept_memory
 from quantlab.layers import QuantLinear, replace_linear
 from quantlab.lockstep import advance_in_lockstep
 from quantlab.methods.base import Quantizer, Step
@@ -21,6 +22,7 @@ from quantlab.training.workshop import Workshop
 
 
 @torch.no_grad()
+@kept_memory()
 def quantize_blocks(
     model: LoadedModel, method: Quantizer, config: Any, ids: Tensor | None, step: Step
 ) -> dict[str, PackedWeight]:

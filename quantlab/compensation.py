@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from quantlab.errors import MethodError
-from quantlab.grid import spread
 
 LAZY_BLOCK = 128
 """Columns whose errors are gathered before they reach the columns after them, in one product."""
@@ -48,9 +47,8 @@ def compensate(
     """
     columns = weight.shape[1]
     scale, zero = (grid.clone() for grid in grids)
-    work = weight.t()[order].contiguous()
-    step = spread(scale, group, columns).t()[order].contiguous()
-    bottom = -spread(zero, group, columns).t()[order].contiguous()
+    work = weight.t().contiguous()[order]
+    step, bottom = scale.t().contiguous()[order // group], -zero.t().contiguous()[order // group]
     top = bottom + (2**bits - 1)
     whole, errors = torch.empty_like(work), torch.empty_like(work)  # whole: code - zero
     # Errors are passed on as they are, not divided by U_jj: that is done to U's rows, once.
@@ -83,7 +81,7 @@ def compensate(
             pass_on(work, pull, errors, debt, slice(first, last), slice(last, stop))
         pass_on(work, pull, errors, debt, slice(start, stop), slice(stop, columns))
     back = torch.argsort(order)
-    codes = (whole - bottom)[back].t().contiguous()
+    codes = whole.sub_(bottom)[back].t().contiguous()
     return codes, scale, zero, work[back].t().contiguous()
 
 

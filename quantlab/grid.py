@@ -218,11 +218,14 @@ def refit_scales(
     parts = [tensor.split(count) for tensor in (weight, codes, scale, zero)]
     for w, c, s, z in zip(*parts, strict=True):
         values = c - spread(z, group_size, columns)
-        right = ((w @ moment) * values) @ member
+        right = (w @ moment).mul_(values) @ member
         system = torch.empty(len(w), groups, groups)
         for g in range(groups):
-            inside = slice(g * group_size, min((g + 1) * group_size, columns))
-            system[:, g] = ((values[:, inside] @ moment[inside]) * values) @ member
+            first = g * group_size
+            inside = slice(first, min(first + group_size, columns))
+            seen = (values[:, inside] @ moment[inside, first:]).mul_(values[:, first:])
+            # Symmetric: the groups before this one have had their turn.
+            system[:, g, g:] = system[:, g:, g] = seen @ member[first:, g:]
         # A little weight on the old steps keeps every system solvable; groups of zeros stay so.
         share = torch.where(w.abs() @ member > 0, 1e-4, 1e6)
         ridge = share * system.diagonal(dim1=1, dim2=2) + TINY
