@@ -6,6 +6,7 @@ The paper's claim is tested as well: less output error than rounding on the same
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -349,6 +350,26 @@ def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
 def test_asymmetric_calibration_needs_static_groups() -> None:
     with pytest.raises(ConfigError, match="gptaq=always needs static_groups=true"):
         GPTQConfig(static_groups=False, act_order=False, gptaq="always").validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"bits": 2}, True),
+        ({"bits": 3}, True),
+        ({"bits": 4}, False),
+        ({"bits": 3, "static_groups": False, "act_order": False}, False),
+        ({"bits": 4, "gptaq": "always"}, True),
+        ({"bits": 2, "gptaq": "never"}, False),
+    ],
+)
+def test_asymmetric_calibration_is_chosen_by_the_bits(
+    options: dict[str, Any], wanted: bool
+) -> None:
+    config = GPTQConfig(**options)
+    config.validate()
+    assert config.asymmetric == wanted
+    assert ("cross_moment" in METHODS["gptq"].needs_for(config)) == wanted
 
 
 def test_act_order_needs_static_groups() -> None:
