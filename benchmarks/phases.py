@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from quantlab import calibration, variants
+from quantlab import blockwise, calibration, variants
 from quantlab.export import gguf, quantlab_format
 from quantlab.methods.base import Quantizer
 
@@ -51,12 +51,14 @@ class Phases:
 def watching(method: Quantizer) -> Iterator[Phases]:
     """Time the steps of `prepare_variant` while the context is open."""
     phases = Phases()
-    runner, sums = calibration.BlockRunner, calibration._Accumulator
+    runner, sums = calibration.BlockRunner, calibration.Accumulator
     places: list[tuple[Any, str, str]] = [
         (variants, "_load", LOADING),
         (runner, "__init__", FORWARDS),
         (runner, "collect", FORWARDS),
         (runner, "advance", FORWARDS),
+        (blockwise, "advance_in_lockstep", FORWARDS),
+        (blockwise, "install", SOLVING),
         (sums, "add", STATISTICS),
         (sums, "result", STATISTICS),
         (type(method), "quantize_block", SOLVING),

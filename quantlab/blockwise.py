@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 from quantlab.calibration import ActStats, BlockRunner
 from quantlab.errors import MethodError
 from quantlab.grid import all_finite
+from quantlab.heap import kept_memory
 from quantlab.layers import QuantLinear, replace_linear
+from quantlab.lockstep import advance_in_lockstep
 from quantlab.methods.base import Quantizer, Step
 from quantlab.models import Block, LoadedModel, block_list, get_block
 from quantlab.packing import PackedWeight
@@ -18,6 +22,7 @@ from quantlab.training.workshop import Workshop
 
 
 @torch.no_grad()
+@kept_memory()
 def quantize_blocks(
     model: LoadedModel, method: Quantizer, config: Any, ids: Tensor | None, step: Step
 ) -> dict[str, PackedWeight]:
@@ -30,24 +35,55 @@ def quantize_blocks(
     needs = method.needs_for(config)
     runner = None
     if needs and ids is not None:
-        runner = BlockRunner(model, ids, original="cross_moment" in needs)
+        original = "cross_moment" in needs
+        runner = BlockRunner(model, ids, original=original, single=method.sequential)
     count = len(block_list(model.module, model.family))
     packed: dict[str, PackedWeight] = {}
     for index in range(count):
         step(index, count)
         block = get_block(model.module, model.family, index)
         check_finite(block)
-        stats: dict[str, ActStats] = {}
-        if runner is not None:
-            stats = dict(runner.collect(block, needs, advance=not method.sees_error))
-        weights = method.quantize_block(block, stats, config)
-        install(block, weights)
-        if runner is not None and method.sees_error and index < count - 1:
-            runner.advance(block)
+        if runner is not None and method.sequential:
+            weights = quantize_in_lockstep(runner, block, method, config)
+            install(block, weights)
+        else:
+            stats: dict[str, ActStats] = {}
+            if runner is not None:
+                stats = dict(runner.collect(block, needs, advance=not method.sees_error))
+            weights = method.quantize_block(block, stats, config)
+            install(block, weights)
+            if runner is not None and method.sees_error and index < count - 1:
+                runner.advance(block)
         for path, weight in weights.items():
             packed[f"{model.family.blocks}.{index}.{path}"] = weight
     step(count, count)
     return packed
+
+
+def quantize_in_lockstep(
+    runner: BlockRunner, block: Block, method: Quantizer, config: Any
+) -> dict[str, PackedWeight]:
+    """Quantize the linears of each input when all tokens have reached it, on what the quantized
+    linears before it made of them; the runner goes on behind the block. The block's own linears
+    are left with the quantized weights, dequantized."""
+    packed: dict[str, PackedWeight] = {}
+
+    def solve(stats: Mapping[str, ActStats]) -> None:
+        part = dataclasses.replace(
+            block,
+            linears={path: block.linears[path] for path in stats},
+            kinds={path: block.kinds[path] for path in stats},
+            folds=(),
+        )
+        weights = method.quantize_block(part, stats, config)
+        for path, weight in weights.items():
+            # Batches go on through plain linears: at thousands of tokens a call, unpacking codes
+            # every time costs more than it spares.
+            block.linears[path].weight.copy_(weight.dequantize())
+        packed.update(weights)
+
+    advance_in_lockstep(runner, block, method.needs_for(config), solve)
+    return {path: packed[path] for path in block.linears}
 
 
 def install(block: Block, weights: dict[str, PackedWeight]) -> None:

@@ -7,8 +7,8 @@ of a linear; linears that read the same tensor (q, k, v; gate, up) share one com
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quantlab.errors import ModelError
 from quantlab.models import Block, LoadedModel, block_list
+from quantlab.moments import add_cross_moment, add_second_moment, as_multiplied, symmetric
 from quantlab.observers import count_values
 from quantlab.texts import calibration_autocast
 
@@ -24,8 +25,6 @@ StatKind = Literal[
     "second_moment", "range", "mean", "sample", "square", "cross_moment", "histogram"
 ]
 SAMPLE_ROWS = 256
-STRIP = 256
-"""Columns of x^T x that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,13 @@ class ActStats:
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
-class _Accumulator:
-    """Running sums for one input."""
+class Accumulator:
+    """Running sums for one input. Moments are those of the numbers that the linear multiplies: x
+    rounded to bfloat16 where linears called here do so."""
 
-    def __init__(self, kinds: frozenset[StatKind], stride: int) -> None:
-        self.kinds, self.stride = kinds, stride
+    def __init__(self, kinds: frozenset[StatKind], expected: int) -> None:
+        """expected: tokens that will come in all, from which rows are sampled evenly."""
+        self.kinds, self.stride = kinds, -(-expected // SAMPLE_ROWS)
         self.tokens = 0
         self.square: Tensor | None = None
         self.low: Tensor | None = None
@@ -80,14 +81,13 @@ class _Accumulator:
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
         """`original`: the same tokens' input in the unquantized model, for 'cross_moment'."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        multiplied = x
+        if self.kinds & {"second_moment", "cross_moment"} and inputs.dtype == torch.float32:
+            multiplied = as_multiplied(x)
         if "second_moment" in self.kinds:
             if self.square is None:
                 self.square = x.new_zeros(x.shape[1], x.shape[1])
-            # Symmetric: the columns right of each strip suffice, 7/12 of the work at 6 strips.
-            with torch.autocast("cpu", enabled=False):
-                for start in range(0, x.shape[1], STRIP):
-                    stop = start + STRIP
-                    self.square[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
+            add_second_moment(self.square, multiplied)
         if "range" in self.kinds:
             low, high = x.amin(0), x.amax(0)
             self.low = low if self.low is None else torch.minimum(self.low, low)
@@ -105,18 +105,16 @@ class _Accumulator:
             squares = x.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
         if original is not None:
-            y = original.detach().reshape(-1, x.shape[1]).float()
+            y = as_multiplied(original.detach().reshape(-1, x.shape[1]).float())
             if self.cross is None:
                 self.cross = x.new_zeros(x.shape[1], x.shape[1])
-            with torch.autocast("cpu", enabled=False):
-                self.cross.addmm_(y.t(), x)
+            add_cross_moment(self.cross, y, multiplied)
         self.tokens += x.shape[0]
 
     def result(self) -> ActStats:
         moment = None
         if self.square is not None:
-            upper = self.square.triu() / self.tokens
-            moment = upper + upper.triu(1).t()
+            moment = symmetric(self.square / self.tokens)
         return ActStats(
             tokens=self.tokens,
             second_moment=moment,
@@ -134,16 +132,45 @@ class _Reached(Exception):
     """Ends a forward pass once what it was run for is known."""
 
 
+Hook = Callable[[str, Tensor], None]
+"""Called with the path and the input of a linear, before it runs."""
+
+
+@contextmanager
+def listening(block: Block, hook: Hook | None) -> Iterator[None]:
+    """`hook` is called by each linear of the block while this is open."""
+    handles = []
+    for path, linear in block.linears.items() if hook is not None else ():
+
+        def listen(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            assert hook is not None
+            hook(path, args[0])
+
+        handles.append(linear.register_forward_pre_hook(listen))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class BlockRunner:
     """Streams the calibration tokens through the model block by block.
 
     Holds the hidden states before the current block (float32 [pieces, length, width], in batches)
     and what transformers passes to each block besides them. With `original`, a second stream runs
-    beside it that no quantized block touches: for 'cross_moment', at one more forward pass.
+    beside it that no quantized block touches: for 'cross_moment', at one more forward pass. With
+    `single`, a lone piece can run as well, whatever the size of the batches.
     """
 
     def __init__(
-        self, model: LoadedModel, ids: Tensor, batch_tokens: int = 4096, *, original: bool = False
+        self,
+        model: LoadedModel,
+        ids: Tensor,
+        batch_tokens: int = 4096,
+        *,
+        original: bool = False,
+        single: bool = False,
     ) -> None:
         per_batch = max(batch_tokens // ids.shape[1], 1)
         self.tokens = ids.numel()
@@ -154,17 +181,17 @@ class BlockRunner:
         # Batches of unequal size would need masks of their own; the rest runs one by one.
         if len(batches) > 1 and batches[-1].shape[0] != per_batch:
             batches[-1:] = list(batches[-1].split(1))
-        self._sizes = {batch.shape[0] for batch in batches}
-        self._by_size = {size: self._block_keywords(base, batches, size) for size in self._sizes}
+        examples = {batch.shape[0]: batch for batch in batches}
+        if single:
+            examples[1] = ids[:1]
+        self._by_size = {size: self._block_keywords(base, ids) for size, ids in examples.items()}
         self.hidden = [self._first_input(base, batch) for batch in batches]
         self.original = list(self.hidden) if original else None
         self._original_outputs: list[Tensor] = []
 
     @torch.no_grad()
-    def _block_keywords(
-        self, base: nn.Module, batches: list[Tensor], size: int
-    ) -> list[dict[str, Any]]:
-        """What each block receives besides the hidden states, for batches of `size` pieces."""
+    def _block_keywords(self, base: nn.Module, ids: Tensor) -> list[dict[str, Any]]:
+        """What each block receives besides the hidden states, for batches of this size."""
         seen: list[dict[str, Any]] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,7 +200,6 @@ class BlockRunner:
             unnamed = dict(zip(names[1:], args[1:], strict=False))
             seen.append({**unnamed, **kwargs, "past_key_values": None, "use_cache": False})
 
-        ids = next(batch for batch in batches if batch.shape[0] == size)
         handles = [b.register_forward_pre_hook(record, with_kwargs=True) for b in self._blocks]
         try:
             with calibration_autocast():
@@ -200,28 +226,14 @@ class BlockRunner:
             handle.remove()
         return found[0].float().clone()
 
-    def run(
-        self, block: Block, hidden: Tensor, hook: Callable[[str, Tensor], None] | None = None
-    ) -> Tensor:
-        """The block's output for one batch of `hidden`; gradients flow where they are enabled.
+    def run(self, block: Block, hidden: Tensor, hook: Hook | None = None) -> Tensor:
+        """The block's output for one batch of `hidden`; gradients flow where they are enabled."""
+        with calibration_autocast(), listening(block, hook):
+            return self.call(block, hidden)
 
-        `hook` is called with the path and the input of each linear.
-        """
-        keywords = self._by_size[hidden.shape[0]][block.index]
-        handles = []
-        for path, linear in block.linears.items() if hook is not None else ():
-
-            def listen(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-                assert hook is not None
-                hook(path, args[0])
-
-            handles.append(linear.register_forward_pre_hook(listen))
-        try:
-            with calibration_autocast():
-                output = block.module(hidden, **keywords)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def call(self, block: Block, hidden: Tensor) -> Tensor:
+        """As `run`, with the hooks and the autocast that are in force already."""
+        output = block.module(hidden, **self._by_size[hidden.shape[0]][block.index])
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
@@ -237,8 +249,7 @@ class BlockRunner:
         wanted = frozenset(kinds)
         beside = self.original if "cross_moment" in wanted else None
         assert beside is not None or "cross_moment" not in wanted, "needs original=True"
-        stride = -(-self.tokens // SAMPLE_ROWS)
-        sums: dict[str, _Accumulator] = {}
+        sums: dict[str, Accumulator] = {}
         leader: dict[str, str] = {}
         current: list[tuple[Tensor, str]] = []
         originals: dict[str, Tensor] = {}
@@ -259,7 +270,7 @@ class BlockRunner:
                     return
             current.append((inputs, path))
             leader[path] = path
-            sums.setdefault(path, _Accumulator(wanted, stride)).add(inputs, originals.get(path))
+            sums.setdefault(path, Accumulator(wanted, self.tokens)).add(inputs, originals.get(path))
 
         outputs, original_outputs = [], []
         for index, hidden in enumerate(self.hidden):
@@ -276,8 +287,7 @@ class BlockRunner:
         self._original_outputs = original_outputs
         if advance:
             self.hidden = outputs
-        if unused := block.linears.keys() - leader.keys():
-            raise ModelError(f"block {block.index} never calls {min(unused)}: not supported")
+        check_all_ran(block, leader)
         done = {path: accumulator.result() for path, accumulator in sums.items()}
         return {path: done[first] for path, first in leader.items()}
 
@@ -288,3 +298,9 @@ class BlockRunner:
         if self.original is not None and self._original_outputs:
             self.original, self._original_outputs = self._original_outputs, []
         self.hidden = [self.run(block, hidden).float() for hidden in self.hidden]
+
+
+def check_all_ran(block: Block, seen: Iterable[str]) -> None:
+    """Raise ModelError for a linear of the block that is not among those `seen`."""
+    if unused := block.linears.keys() - set(seen):
+        raise ModelError(f"block {block.index} never calls {min(unused)}: not supported")

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from quantlab.errors import MethodError
-from quantlab.grid import spread
 
 LAZY_BLOCK = 128
 """Columns whose errors are gathered before they reach the columns after them, in one product."""
+
+NEAR_BLOCK = 32
+"""Columns within a lazy block whose errors are passed on one by one; they stay in cache."""
 
 Regrid = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(values [rows, columns of a group], first column) -> (scale, zero), both [rows, 1]."""
@@ -43,41 +45,54 @@ def compensate(
     order; grids: scale and zero [rows, groups]. With `regrid` (only for the natural order) a
     group's grid is made anew from its values as compensated so far.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     scale, zero = (grid.clone() for grid in grids)
-    column_scale = spread(scale, group, columns).t()[order].contiguous()
-    column_zero = spread(zero, group, columns).t()[order].contiguous()
-    work = weight.t()[order].contiguous()
-    codes = torch.empty_like(work)
-    top = 2**bits - 1
+    work = weight.t().contiguous()[order]
+    step, bottom = scale.t().contiguous()[order // group], -zero.t().contiguous()[order // group]
+    top = bottom + (2**bits - 1)
+    whole, errors = torch.empty_like(work), torch.empty_like(work)  # whole: code - zero
+    # Errors are passed on as they are, not divided by U_jj: that is done to U's rows, once.
+    pull = upper / upper.diagonal()[:, None]
+    lines = zip(*(t.unbind() for t in (work, step, bottom, top, whole, errors)), strict=True)
     for start in range(0, columns, LAZY_BLOCK):
         stop = min(start + LAZY_BLOCK, columns)
-        errors = torch.empty(stop - start, rows)
-        for j in range(start, stop):
-            if regrid is not None and j % group == 0:
-                # The grid of a group follows from its weights as compensated so far; columns past
-                # this lazy block have not seen the block's errors yet.
-                end = min(j + group, columns)
-                pending = upper[start:j, j:end].t() @ errors[: j - start]
-                seen = work[j:end].clone()
-                seen[stop - j :] -= pending[stop - j :]
-                s, z = regrid(seen.t().contiguous(), j)
-                scale[:, j // group], zero[:, j // group] = s[:, 0], z[:, 0]
-                column_scale[j:end], column_zero[j:end] = s.t(), z.t()
-            value = work[j]
-            code = torch.round(value / column_scale[j]).add_(column_zero[j]).clamp_(0, top)
-            codes[j] = code
-            quantized = (code - column_zero[j]) * column_scale[j]
-            error = (value - quantized) / upper[j, j]
-            errors[j - start] = error
-            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1.0)
-            if debt is not None:
-                work[j + 1 : stop].addr_(debt[j, j + 1 : stop], value)
-        work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
-        if debt is not None:  # rows start to stop hold the values that were rounded
-            work[stop:].addmm_(debt[start:stop, stop:].t(), work[start:stop])
+        for first in range(start, stop, NEAR_BLOCK):
+            last = min(first + NEAR_BLOCK, stop)
+            for j in range(first, last):
+                if regrid is not None and j % group == 0:
+                    # The grid of a group follows from its weights as compensated so far; columns
+                    # past these two blocks have not seen the blocks' errors yet.
+                    end = min(j + group, columns)
+                    seen = work[j:end].clone()
+                    seen[last - j :] -= pull[first:j, last:end].t() @ errors[first:j]
+                    seen[stop - j :] -= pull[start:first, stop:end].t() @ errors[start:first]
+                    s, z = regrid(seen.t().contiguous(), j)
+                    scale[:, j // group], zero[:, j // group] = s[:, 0], z[:, 0]
+                    step[j:end], bottom[j:end] = s.t(), -z.t()
+                    top[j:end] = bottom[j:end] + (2**bits - 1)
+                value, one, low, high, code, error = next(lines)
+                torch.div(value, one, out=code).round_()
+                torch.clamp(code, low, high, out=code)
+                torch.addcmul(value, code, one, value=-1, out=error)
+                rest = work[j + 1 : last]
+                rest.addr_(pull[j, j + 1 : last], error, alpha=-1)
+                if debt is not None:
+                    rest.addr_(debt[j, j + 1 : last], value)
+            pass_on(work, pull, errors, debt, slice(first, last), slice(last, stop))
+        pass_on(work, pull, errors, debt, slice(start, stop), slice(stop, columns))
     back = torch.argsort(order)
-    return codes[back].t().contiguous(), scale, zero, work[back].t().contiguous()
+    codes = whole.sub_(bottom)[back].t().contiguous()
+    return codes, scale, zero, work[back].t().contiguous()
+
+
+def pass_on(
+    work: Tensor, pull: Tensor, errors: Tensor, debt: Tensor | None, done: slice, later: slice
+) -> None:
+    """Let the columns `later` answer for the errors of the columns `done`, and for their debt; of
+    those, `work` holds the values that were rounded."""
+    work[later].addmm_(pull[done, later].t(), errors[done], alpha=-1)
+    if debt is not None:
+        work[later].addmm_(debt[done, later].t(), work[done])
 
 
 def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool = False) -> Tensor:
@@ -95,12 +110,12 @@ def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool 
     damping = damp_percent * (diagonal.clone() if own else mean)
     diagonal += damping
     for _ in range(4):
-        lower, info = torch.linalg.cholesky_ex(moment)
+        # From the last channel to the first, H = R R^T with R upper triangular; U is its inverse.
+        lower, info = torch.linalg.cholesky_ex(moment.flip(0, 1))
         if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper: Tensor
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
+            root = lower.flip(0, 1)
+            upper = torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
+            if bool(upper.isfinite().all()):
                 return upper
         diagonal += 9 * damping
         damping = damping * 10

@@ -88,7 +88,9 @@ def estimate(spec: RunSpec) -> Estimate:
         config = configure(variant, spec.group_size)
         needs = method.needs_for(config)
         if needs:
-            passes = 1.0 + method.sees_error + ("cross_moment" in needs)
+            # Collecting, and going on through the quantized block; in lockstep both are one.
+            passes = 1.0 + (method.sees_error and not method.sequential)
+            passes += "cross_moment" in needs
             seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY)
         if method.trains:
             passes = method.train_passes(config)

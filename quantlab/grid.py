@@ -103,28 +103,69 @@ def find_grid(
         count, size = values.shape[1:]
         blocks = None if moment is None else diagonal_blocks(moment, start, count, size)
         start += count * size
-        low, high = values.amin(-1), values.amax(-1)
-        scale, zero = _rounded(*range_to_grid(low, high, bits, symmetric), scale_dtype)
-        if not clip:
-            return scale, zero
-        best = torch.full_like(scale, float("inf"))
-        best_scale, best_zero = scale, zero
-        for fraction in SHRINK.tolist():
-            grid = range_to_grid(low * fraction, high * fraction, bits, symmetric)
-            s, z = _rounded(*grid, scale_dtype)
-            codes = to_codes(values, s[..., None], z[..., None], bits)
-            error = from_codes(codes, s[..., None], z[..., None]).sub_(values)
-            if blocks is None:
-                total = error.square_().sum(-1)
-            else:
-                total = (torch.einsum("rgi,gij->rgj", error, blocks) * error).sum(-1)
-            better = total < best
-            best = torch.where(better, total, best)
-            best_scale = torch.where(better, s, best_scale)
-            best_zero = torch.where(better, z, best_zero)
-        return best_scale, best_zero
+        if clip:
+            return _clipped(values, blocks, bits, symmetric, scale_dtype)
+        grid = range_to_grid(values.amin(-1), values.amax(-1), bits, symmetric)
+        return _rounded(*grid, scale_dtype)
 
     return by_group(weight, group_size, solve)
+
+
+CACHED = 2**18
+"""Weights of a part whose clipping is searched at one time. Every candidate reads and writes the
+part several times over, which pays only while it stays in the cores' own caches (2 MB each)."""
+PART_ROWS = 1024
+"""At most; more groups at a time serve as well as more rows."""
+
+
+def _clipped(
+    values: Tensor, blocks: Tensor | None, bits: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The search of `find_grid`. values: [rows, groups, size]; blocks: [groups, size, size]; scale
+    and zero: [rows, groups].
+
+    Rows come last here, so that a group's scale lies along them and every operation runs over
+    contiguous memory.
+    """
+    rows, groups, size = values.shape
+    scale, zero = values.new_empty(groups, rows), values.new_empty(groups, rows)
+    high = max(min(rows, PART_ROWS, CACHED // size), 1)
+    count = max(CACHED // (size * high), 1)
+    for g in range(0, groups, count):
+        matrix = None if blocks is None else blocks[g : g + count]
+        for r in range(0, rows, high):
+            part = values[r : r + high, g : g + count].permute(1, 2, 0).contiguous()
+            s, z = _clipped_part(part, matrix, bits, symmetric, dtype)
+            scale[g : g + count, r : r + high] = s
+            zero[g : g + count, r : r + high] = z
+    return scale.t().contiguous(), zero.t().contiguous()
+
+
+def _clipped_part(
+    values: Tensor, blocks: Tensor | None, bits: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The best candidates of values [groups, size, rows]: scale and zero, both [groups, rows]."""
+    fractions = SHRINK[:, None, None]
+    low, high = values.amin(1) * fractions, values.amax(1) * fractions
+    scale, zero = _rounded(*range_to_grid(low, high, bits, symmetric), dtype)
+    # Zeros are whole numbers, so that clamp(round + zero) - zero is this clamp, exactly.
+    bottom, top = -zero, 2**bits - 1 - zero
+    negative, error, product = -values, torch.empty_like(values), torch.empty_like(values)
+    loss = torch.empty_like(scale)
+    for one, (s, lowest, highest) in enumerate(
+        zip(scale[:, :, None], bottom[:, :, None], top[:, :, None], strict=True)
+    ):
+        torch.div(values, s, out=error).round_()
+        torch.clamp(error, lowest, highest, out=error)
+        torch.addcmul(negative, error, s, out=error)
+        if blocks is None:
+            product.copy_(error)
+        else:
+            torch.bmm(blocks, error, out=product)
+        torch.sum(product.mul_(error), 1, out=loss[one])
+    # Of equals the first, which is the widest range; one that is not a number is never best.
+    best = loss.nan_to_num_(nan=float("inf")).min(0, keepdim=True).indices
+    return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
 def diagonal_blocks(moment: Tensor, start: int, count: int, size: int) -> Tensor:
@@ -177,11 +218,14 @@ def refit_scales(
     parts = [tensor.split(count) for tensor in (weight, codes, scale, zero)]
     for w, c, s, z in zip(*parts, strict=True):
         values = c - spread(z, group_size, columns)
-        right = ((w @ moment) * values) @ member
+        right = (w @ moment).mul_(values) @ member
         system = torch.empty(len(w), groups, groups)
         for g in range(groups):
-            inside = slice(g * group_size, min((g + 1) * group_size, columns))
-            system[:, g] = ((values[:, inside] @ moment[inside]) * values) @ member
+            first = g * group_size
+            inside = slice(first, min(first + group_size, columns))
+            seen = (values[:, inside] @ moment[inside, first:]).mul_(values[:, first:])
+            # Symmetric: the groups before this one have had their turn.
+            system[:, g, g:] = system[:, g:, g] = seen @ member[first:, g:]
         # A little weight on the old steps keeps every system solvable; groups of zeros stay so.
         share = torch.where(w.abs() @ member > 0, 1e-4, 1e6)
         ridge = share * system.diagonal(dim1=1, dim2=2) + TINY

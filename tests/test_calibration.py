@@ -14,10 +14,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from quantlab.calibration import (
     SAMPLE_ROWS,
+    Accumulator,
     ActStats,
     BlockRunner,
     StatKind,
-    _Accumulator,
 )
 from quantlab.errors import ModelError
 from quantlab.models import LoadedModel, block_list
@@ -287,9 +287,9 @@ def test_the_largest_magnitude_is_of_either_sign() -> None:
 def test_the_second_moment_is_whole_and_symmetric_whatever_the_strips(
     strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantlab.calibration.STRIP", strip)
+    monkeypatch.setattr("quantlab.moments.STRIP", strip)
     x = torch.randn(50, 20, generator=torch.Generator().manual_seed(3))
-    sums = _Accumulator(frozenset({"second_moment"}), 1)
+    sums = Accumulator(frozenset({"second_moment"}), 1)
     for batch in x.split(16):
         sums.add(batch)
     moment = sums.result().second_moment

@@ -170,6 +170,46 @@ def test_clipping_finds_the_best_candidate(
     torch.testing.assert_close(loss(weight, found, bits, moment), best, rtol=1e-4, atol=1e-7)
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 60),
+    group_size=st.integers(1, 32),
+    cached=st.sampled_from([1, 100, 1000]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_search_in_parts_finds_the_same_grids(
+    rows: int, columns: int, group_size: int, cached: int, weighted: bool, seed: int
+) -> None:
+    """However a matrix is cut up for the caches, ragged or not."""
+    weight = random(rows, columns, seed=seed)
+    weight[0] = 0  # all candidates are equal: the full range
+    x = random(80, columns, seed=seed + 1)
+    moment = x.T @ x if weighted else None
+    whole = find_grid(weight, 3, group_size, symmetric=False, clip=True, moment=moment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantlab.grid.CACHED", cached)
+        patch.setattr("quantlab.grid.PART_ROWS", 7)
+        parts = find_grid(weight, 3, group_size, symmetric=False, clip=True, moment=moment)
+    starts = range(0, columns, group_size)
+    for g, start in enumerate(starts):
+        part = weight[:, start : start + group_size]
+        block = (
+            None
+            if moment is None
+            else moment[start : start + group_size][:, start : start + group_size]
+        )
+        full = torch.eye(part.shape[1]) if block is None else block
+        losses = [
+            loss(part, (found[0][:, g : g + 1], found[1][:, g : g + 1]), 3, full)
+            for found in (whole, parts)
+        ]
+        # Sums may be in another order, and near-ties fall either way: 60 roundings of 2^-24.
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-9)
+    assert torch.equal(whole[0][0], parts[0][0])
+
+
 def test_moment_decides_what_is_clipped() -> None:
     """An outlier that matters is kept; one that does not is clipped for the sake of the rest."""
     weight = torch.cat([torch.linspace(-1, 1, 31), torch.tensor([3.0])])[None]

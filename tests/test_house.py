@@ -42,6 +42,9 @@ errors < allocation < methods
 metrics < sensitivity < methods
 calibration < sensitivity
 methods < blockwise
+moments < calibration < lockstep < blockwise
+texts < lockstep
+heap < blockwise
 calibration < training < methods
 grid < compensation < training
 compensation < methods

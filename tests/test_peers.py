@@ -14,7 +14,7 @@ import pytest
 from benchmarks.contest import CONTESTS, Side
 from benchmarks.phases import SOLVING, STATISTICS, watching
 from benchmarks.quantize import clock
-from quantlab import calibration, variants
+from quantlab import blockwise, calibration, variants
 from quantlab.export import gguf, quantlab_format
 from quantlab.methods import METHODS
 
@@ -81,7 +81,8 @@ def test_phases_are_exclusive_and_leave_nothing_behind() -> None:
     places = (
         (variants, "_load"),
         (calibration.BlockRunner, "collect"),
-        (calibration._Accumulator, "add"),
+        (calibration.Accumulator, "add"),
+        (blockwise, "advance_in_lockstep"),
         (type(method), "quantize_block"),
         (quantlab_format, "save"),
         (gguf, "write"),

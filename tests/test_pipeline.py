@@ -414,6 +414,27 @@ def test_estimates_grow_with_the_work(home: Path) -> None:
     assert pipeline.estimate(RunSpec(model="no/such")).note
 
 
+def test_estimates_count_the_passes_over_the_calibration_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In lockstep one pass, two with the original beside it; else collecting and going on."""
+    monkeypatch.setattr(estimate, "matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(estimate, "SECOND_MOMENT_COST", 0.0)
+
+    def passes(label: str) -> float:
+        def seconds(tokens: int) -> float:
+            spec = RunSpec(variants=parse_variants(label), calibration_tokens=tokens)
+            return pipeline.estimate(spec).seconds
+
+        one = 2 * estimate.parameter_count("bundled") * 4096 / (1e11 * estimate.EFFICIENCY)
+        return (seconds(8192) - seconds(4096)) / one
+
+    assert passes("gptq:4") == pytest.approx(1)
+    assert passes("gptq:3") == pytest.approx(2)
+    assert passes("awq:4") == pytest.approx(2)
+    assert passes("gguf:q4_0:imatrix=true") == pytest.approx(1)
+
+
 def test_estimates_know_that_training_takes_long(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,8 @@ class Quantizer(ABC):
     `needs` lists the activation statistics `quantize_block` reads; none means no calibration. A
     method whose options change that overrides `needs_for`, which is what everyone else asks.
     `sees_error` false: they are those of the unquantized model, at one forward pass instead of two.
+    `sequential`: `quantize_block` may be called with the linears of one input at a time (a block
+    with only those, and no folds), and then sees the error of the linears before them as well.
     `trains` says that the weights come from `train`, which takes long and can be gone on with after
     it was stopped; `quantize_block` is then what such a method gives without any training.
     """
@@ -156,6 +158,7 @@ class Quantizer(ABC):
     quantizes: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     sees_error: ClassVar[bool] = True
+    sequential: ClassVar[bool] = False
     Config: ClassVar[type[Config]]
 
     @abstractmethod

@@ -86,11 +86,14 @@ class GPTQConfig(base.WeightConfig):
         choices=("mean", "channel"),
         paper="mean",
     )
-    gptaq: bool = base.option(
-        False,
+    gptaq: str = base.option(
+        "auto",
         "Asymmetric calibration",
         "Aim at what the unquantized model computes here, not at this layer's own output behind "
-        "the quantized blocks (GPTAQ); takes a third forward pass.",
+        "the quantized blocks (GPTAQ); takes a second forward pass. 'auto': at 2 and 3 bits, where "
+        "it pays, with static groups.",
+        choices=("auto", "always", "never"),
+        paper="always in GPTAQ's, never in GPTQ's",
     )
     gptaq_strength: float = base.option(
         0.25,
@@ -102,10 +105,17 @@ class GPTQConfig(base.WeightConfig):
         paper="1; its authors' code 0.25",
     )
 
+    @property
+    def asymmetric(self) -> bool:
+        """Whether GPTAQ's correction is applied."""
+        if self.gptaq == "auto":
+            return self.bits <= 3 and self.static_groups
+        return self.gptaq == "always"
+
     def validate(self) -> None:
         super().validate()
-        if self.gptaq and not self.static_groups:
-            raise ConfigError("gptaq=true needs static_groups=true")
+        if self.gptaq == "always" and not self.static_groups:
+            raise ConfigError("gptaq=always needs static_groups=true")
         if self.act_order and not self.static_groups:
             raise ConfigError("act_order=true needs static_groups=true")
 
@@ -118,10 +128,11 @@ class GPTQ(base.Quantizer):
     summary = "Compensates each column's rounding error in the columns after it, by second moments."
     bits = (4, 2, 3, 8)
     needs = ("second_moment",)
+    sequential = True
     Config = GPTQConfig
 
     def needs_for(self, config: GPTQConfig) -> tuple[StatKind, ...]:
-        return (*self.needs, "cross_moment") if config.gptaq else self.needs
+        return (*self.needs, "cross_moment") if config.asymmetric else self.needs
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: GPTQConfig
@@ -157,10 +168,10 @@ def gptq(
     """(codes uint8 [rows, columns], scale, zero float32 [rows, groups]) of one matrix.
 
     weight: float32 [rows, columns]; moment: float32 [columns, columns], mean of x x^T; cross: mean
-    of y x^T, needed and read only with `config.gptaq`.
+    of y x^T, needed and read where `config.asymmetric`.
     Raises: MethodError when a moment is not finite.
     """
-    for value in (moment, cross if config.gptaq else None):
+    for value in (moment, cross if config.asymmetric else None):
         if value is not None and not bool(torch.isfinite(value).all()):
             raise MethodError("gptq: the calibration activations are not finite")
     columns = weight.shape[1]
@@ -174,7 +185,7 @@ def gptq(
         moment[order][:, order], dead[order], config.damp_percent, config.damping == "channel"
     )
     debt = None
-    if config.gptaq:
+    if config.asymmetric:
         assert cross is not None
         ahead = (cross - moment)[order][:, order] * config.gptaq_strength
         debt = (ahead @ upper.t()).triu_(1) @ upper

@@ -35,6 +35,9 @@ WIDTHS = (3, 4, 5, 6, 8)
 LOW_BUDGET = 4.0
 FOLDING = ("awq",)
 """Arithmetics that fold scales through the block."""
+FIXED = {"gptq": {"gptaq": "never"}}
+"""Options of an arithmetic that are not its defaults, so that every width needs the same
+statistics."""
 CHOICES = (0, 16, 8, 7, 6, 5, 4, 3, 2)
 """Bits of a kind: 0 as the preset says, 16 left alone."""
 
@@ -325,9 +328,11 @@ def layer_kind(kind: str) -> str:
 
 
 def arithmetic_config(config: MixedConfig, bits: int) -> Any:
-    """The base method's Config at `bits`; its other options are its defaults."""
+    """The base method's Config at `bits`; its other options are its defaults or
+    `FIXED`."""
     make: Any = base.registry()[config.arithmetic].Config
-    made = make(bits=bits, group_size=config.group_size, symmetric=config.symmetric)
+    settings = {"bits": bits, "group_size": config.group_size, "symmetric": config.symmetric}
+    made = make(**settings, **FIXED.get(config.arithmetic, {}))
     made.validate()
     return made
 

@@ -48,7 +48,7 @@ SPECS = [
         "gguf:q8_0", "gguf:q4_0", "gguf:q6_k", "gguf:q4_0:imatrix=true",
         "nf4:4:block_size=32:double_quant=false", "fp4:4:block_size=4096", "llm_int8:8:threshold=0",
         "mixed:arithmetic=awq", "mixed:arithmetic=rtn:preset=all-4",
-        "mixed:arithmetic=awq:pattern=*=4;*.down_proj=5", "gptq:4:gptaq=true",
+        "mixed:arithmetic=awq:pattern=*=4;*.down_proj=5", "gptq:4:gptaq=always",
         "gptq:4:damping=channel",
     )
 ]  # fmt: skip
@@ -57,7 +57,7 @@ CALIBRATED = [
     for text in (
         *(name for name in QUANTIZING if METHODS[name].needs),
         "gguf:imatrix=true",
-        "gptq:gptaq=true",
+        "gptq:gptaq=always",
     )
 ]
 GROUP = 32

@@ -6,6 +6,7 @@ The paper's claim is tested as well: less output error than rounding on the same
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from quantlab.methods.gptq import GPTQConfig, gptq, shared_inputs
 from tests.methods.slow_grid import check_grid
 from tests.tiny import correlated, lone_block, random
 
-PLAIN = GPTQConfig(group_size=32, act_order=False, clip=False, refit=False, damp_percent=0.01)
+PLAIN = GPTQConfig(
+    group_size=32, act_order=False, clip=False, refit=False, damp_percent=0.01, gptaq="never"
+)
 VARIANTS = {
     "plain": PLAIN,
     "damped": replace(PLAIN, damp_percent=0.1),
@@ -41,9 +44,9 @@ VARIANTS = {
         PLAIN, static_groups=False, symmetric=True, clip=True
     ),
     "damped by channel": replace(PLAIN, damping="channel", damp_percent=0.1),
-    "asymmetric": replace(PLAIN, gptaq=True, gptaq_strength=1.0),
+    "asymmetric": replace(PLAIN, gptaq="always", gptaq_strength=1.0),
     "asymmetric, act-order, ragged, 2 bits": replace(
-        PLAIN, gptaq=True, gptaq_strength=0.4, act_order=True, group_size=48, bits=2
+        PLAIN, gptaq="always", gptaq_strength=0.4, act_order=True, group_size=48, bits=2
     ),
     "the defaults, before scales are refitted": GPTQConfig(refit=False),
 }
@@ -117,7 +120,7 @@ def reference(
         value = work[:, j].clone()
         error = (value - (codes[:, j].double() - z) * s) / inverse[0, 0]
         work[:, rest] -= error[:, None] * inverse[0]
-        if config.gptaq and later:
+        if config.asymmetric and later:
             assert cross is not None
             owed = cross[j, later].double() - moment[j, later].double()
             move = owed @ torch.linalg.inv(hessian[later][:, later])
@@ -147,7 +150,7 @@ def test_refitting_changes_scales_alone_and_helps() -> None:
     """Less output error on inputs that calibration did not see."""
     weight, both = random(24, 160, seed=1), correlated(1200, 160, seed=2)
     x, unseen = both.split(600)
-    config = GPTQConfig(bits=3, group_size=32)
+    config = GPTQConfig(bits=3, group_size=32, gptaq="never")
     codes, scale, zero = gptq(weight, moment_of(x), replace(config, refit=False))
     same, refitted, unmoved = gptq(weight, moment_of(x), config)
     assert torch.equal(same, codes)
@@ -236,8 +239,8 @@ def test_asymmetric_calibration_comes_nearer_to_the_original_output(seed: int, b
         quantized = (codes - spread(zero, 32, 96)) * spread(scale, 32, 96)
         return aim_error(weight, quantized, x, y)
 
-    plain = GPTQConfig(bits=bits, group_size=32, damp_percent=0.01)
-    asymmetric = replace(plain, gptaq=True, gptaq_strength=1.0)
+    plain = GPTQConfig(bits=bits, group_size=32, damp_percent=0.01, gptaq="never")
+    asymmetric = replace(plain, gptaq="always", gptaq_strength=1.0)
     assert error(asymmetric) < 0.9 * error(plain)
     assert error(asymmetric) < error(replace(asymmetric, gptaq_strength=0.25)) < error(plain)
 
@@ -245,7 +248,7 @@ def test_asymmetric_calibration_comes_nearer_to_the_original_output(seed: int, b
 def test_equal_streams_leave_plain_gptq() -> None:
     weight, moment = random(8, 96, seed=1), moment_of(correlated(300, 96, seed=2))
     plain = gptq(weight, moment, PLAIN)
-    asymmetric = gptq(weight, moment, replace(PLAIN, gptaq=True, gptaq_strength=1.0), moment)
+    asymmetric = gptq(weight, moment, replace(PLAIN, gptaq="always", gptaq_strength=1.0), moment)
     assert all(torch.equal(a, b) for a, b in zip(plain, asymmetric, strict=True))
 
 
@@ -345,8 +348,28 @@ def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
 
 
 def test_asymmetric_calibration_needs_static_groups() -> None:
-    with pytest.raises(ConfigError, match="gptaq=true needs static_groups=true"):
-        GPTQConfig(static_groups=False, act_order=False, gptaq=True).validate()
+    with pytest.raises(ConfigError, match="gptaq=always needs static_groups=true"):
+        GPTQConfig(static_groups=False, act_order=False, gptaq="always").validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"bits": 2}, True),
+        ({"bits": 3}, True),
+        ({"bits": 4}, False),
+        ({"bits": 3, "static_groups": False, "act_order": False}, False),
+        ({"bits": 4, "gptaq": "always"}, True),
+        ({"bits": 2, "gptaq": "never"}, False),
+    ],
+)
+def test_asymmetric_calibration_is_chosen_by_the_bits(
+    options: dict[str, Any], wanted: bool
+) -> None:
+    config = GPTQConfig(**options)
+    config.validate()
+    assert config.asymmetric == wanted
+    assert ("cross_moment" in METHODS["gptq"].needs_for(config)) == wanted
 
 
 def test_act_order_needs_static_groups() -> None:
