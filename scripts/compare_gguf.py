@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -187,11 +189,31 @@ def llama_quantize(
             entries.append(llama_cpp.llama_model_imatrix_data(name.encode(), data, len(values)))
         entries.append(llama_cpp.llama_model_imatrix_data(None, None, 0))
         params.imatrix = (llama_cpp.llama_model_imatrix_data * len(entries))(*entries)
-    code = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(params)
-    )
+    with quietly() as words:
+        code = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(target).encode(), ctypes.byref(params)
+        )
+        words.seek(0)
+        said = words.read().decode(errors="replace").strip().rpartition("\n")[2]
     if code:
-        sys.exit(f"llama_model_quantize ended with {code} for {type}")
+        sys.exit(f"llama_model_quantize ended with {code} for {type}: {said}")
+
+
+@contextmanager
+def quietly() -> Iterator[IO[bytes]]:
+    """What C code prints goes to a file, which the caller may read."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    with tempfile.TemporaryFile() as words:
+        for number in (1, 2):
+            os.dup2(words.fileno(), number)
+        try:
+            yield words
+        finally:
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
 
 
 def differing_tensors(a: Path, b: Path) -> list[str]:

@@ -26,7 +26,7 @@ from .block import (
     to_columns,
     unpack_fields,
 )
-from .search import ordered_sum
+from .ordered import ordered_sum
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -57,7 +57,7 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)[codes.to(torch.int32)]
     weights = x * x
     if importance is not None:
-        variance = ordered_sum(weights.unbind(0)) * (2.0 / 32)
+        variance = ordered_sum(weights) * (2.0 / 32)
         weights = to_columns(importance, 32) * exact_sqrt(weights.add_(variance))
     extreme = signed_extreme(x)
     zero = extreme.abs() < 1e-15
@@ -66,8 +66,8 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
         q = _lookup(x * inverse, levels)
         weighted = weights * q
-        sum_q2 = ordered_sum((weighted * q).unbind(0))
-        return ordered_sum(weighted.mul_(x).unbind(0)), sum_q2
+        sum_q2 = ordered_sum(weighted * q)
+        return ordered_sum(weighted.mul_(x)), sum_q2
 
     sum_xq, sum_q2 = sums((extreme / -LEVELS[0]).reciprocal())
     d = torch.where(sum_q2 > 0, sum_xq / sum_q2, 0.0)

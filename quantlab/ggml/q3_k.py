@@ -22,8 +22,9 @@ from .block import (
     round_to_half,
     unpack_fields,
 )
+from .ordered import ordered_sum
 from .q2_k import pack_two_bits, unpack_two_bits
-from .search import descent_search, ordered_sum, symmetric_search
+from .search import descent_search, symmetric_search
 from .superblock import (
     SUPER_BLOCK,
     by_sub_block,
@@ -64,7 +65,7 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
         weights = importance_weights(x, importance, mean_square(blocks) * 2.0, 16)
         fit = symmetric_search(x, weights, 4)
         scales = by_super_block(fit.scale, 16)
-        totals = by_super_block(ordered_sum(weights.unbind(0)), 16)
+        totals = by_super_block(ordered_sum(weights), 16)
         d, inverse = symmetric_search(scales, totals, 32)
         d = round_to_half(d)
         scale_codes = (scales * inverse).round_().clamp_(-32, 31)

@@ -9,21 +9,26 @@ problem for the factors with the codes held fixed, and keep the best. The proced
 Throughout, `x` and `weights` are float32 `[size, m]`: one sub-block a column (see `to_columns`).
 
 llama.cpp's reference code adds float32 terms one after the other and compares errors that often
-differ by a few units in the last place. `ordered_sum` keeps that order, and products keep theirs,
-which makes the bytes agree exactly; `torch.sum` is faster per call (it would save about a third
-here) but adds in another order and flips near-ties in one or two blocks of a hundred.
+differ by a few units in the last place. `quantlab.ggml.ordered` keeps that order, and products keep
+theirs, which makes the bytes agree exactly. (So torch.addcmul, which fuses its addition, is out.)
+
+Buffers that stay in a processor's second cache count for as much as the arithmetic: an operation in
+place is three times as fast as one that reads and writes elsewhere. Terms laid side by side, so
+that one call serves three sums, were a third slower than three calls on a buffer each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .block import divide_constant, signed_extreme
+from .ordered import LANES, Terms, ordered_sum, replace_
 
+_TRIAL_TERMS = 5 * 2**15
+# Terms of all candidates that `_trial_sums` works on at once: two buffers stay in a 2 MB cache.
 _SMALLEST = 1e-15
 # A sub-block whose largest magnitude is below this is stored as zeros (ggml's GROUP_MAX_EPS).
 _SMALLEST_RANGE = 1e-36
@@ -63,14 +68,6 @@ class AffineFit(NamedTuple):
     offset: Tensor
 
 
-def ordered_sum(rows: Sequence[Tensor]) -> Tensor:
-    """Sum of equally shaped tensors, added strictly in order in their own precision."""
-    total = rows[0].clone()
-    for row in rows[1:]:
-        total += row
-    return total
-
-
 def affine_search(
     x: Tensor, weights: Tensor, levels: int, grid: CandidateGrid, absolute: bool = False
 ) -> AffineFit:
@@ -91,55 +88,62 @@ def affine_search(
         grid: candidate inverse scales.
         absolute: compare candidates by `sum(w |error|)` instead of `sum(w error^2)` (q2_k).
     """
-    q = torch.empty_like(x)
-    # The terms of three sums side by side, so that one pass of additions serves all three.
-    terms = x.new_empty(x.shape[0], 3, x.shape[1])
-    wq, wqq, wqx = terms.unbind(1)
-    term_rows, work_rows = terms.unbind(0), wq.unbind(0)
-    low, high = x.amin(0).clamp_(max=0.0), x.amax(0)
-    curved = high - low > _SMALLEST_RANGE
-    sum_w = ordered_sum(weights.unbind(0))
-    torch.mul(weights, x, out=wq)
-    sum_x = ordered_sum(work_rows)
+    q, wq, terms = torch.empty_like(x), Terms(x), Terms(x)
+    work = terms.values
 
     def round_with(inverse: Tensor, offset: Tensor) -> None:
         torch.sub(x, offset, out=q).mul_(inverse).round_().clamp_(0, levels)
 
     def error_of(scale: Tensor, offset: Tensor) -> Tensor:
-        work = torch.mul(q, scale, out=wq).add_(offset).sub_(x)
+        torch.mul(q, scale, out=work).add_(offset).sub_(x)
         if absolute:
             work.abs_()
         else:
             work.mul_(work)
         work.mul_(weights)
-        return ordered_sum(work_rows)
+        return terms.sum()
 
-    inverse = divide_constant(float(levels), (high - low).where(curved, 1.0))
-    offset, scale = low, inverse.reciprocal()
-    round_with(inverse, offset)
-    best = error_of(scale, low)
+    # The best candidate so far and the one in hand, five rows each. `low` is what the candidates to
+    # come start from, `offset` what the codes of this one were made with.
+    state, trial = x.new_empty(2, 5, x.shape[1]).unbind(0)
+    best, scale, low, inverse, offset = state.unbind(0)
+    error, new_scale, new_low, new_inverse, new_offset = trial.unbind(0)
+    sum_w = ordered_sum(weights)
+    torch.mul(weights, x, out=work)
+    sum_x = terms.sum()
+    lowest, high = x.amin(0).clamp_(max=0.0), x.amax(0)
+    flat = high - lowest <= _SMALLEST_RANGE
+    low.copy_(lowest)
+    offset.copy_(lowest)
+    inverse.copy_(divide_constant(float(levels), (high - lowest).masked_fill_(flat, 1.0)))
+    torch.reciprocal(inverse, out=scale)
+    round_with(inverse, low)
+    best.copy_(error_of(scale, low))
     for numerator in grid.numerators(levels, x.device):
-        trial = torch.div(numerator, high - low)
-        round_with(trial, low)
-        torch.mul(weights, q, out=wq)
-        torch.mul(wq, q, out=wqq)
-        torch.mul(wq, x, out=wqx)
-        sum_q, sum_q2, sum_qx = ordered_sum(term_rows).unbind(0)
+        torch.div(numerator, high - low, out=new_inverse)
+        new_offset.copy_(low)
+        round_with(new_inverse, low)
+        torch.mul(weights, q, out=wq.values)
+        torch.mul(wq.values, x, out=work)
+        sum_qx = terms.sum()
+        torch.mul(wq.values, q, out=work)
+        sum_q2 = terms.sum()
+        sum_q = wq.sum()
         determinant = sum_w * sum_q2 - sum_q * sum_q
-        new_scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
-        new_low = (sum_q2 * sum_x - sum_q * sum_qx) / determinant
+        torch.sub(sum_w * sum_qx, sum_x * sum_q, out=new_scale).div_(determinant)
+        torch.sub(sum_q2 * sum_x, sum_q * sum_qx, out=new_low).div_(determinant)
         positive = new_low > 0
-        new_scale = torch.where(positive, sum_qx / sum_q2, new_scale)
-        new_low = new_low.masked_fill(positive, 0.0)
-        error = error_of(new_scale, new_low)
-        better = (determinant > 0) & (error < best) & curved
-        best = torch.where(better, error, best)
-        scale = torch.where(better, new_scale, scale)
-        inverse = torch.where(better, trial, inverse)
-        offset = torch.where(better, low, offset)
-        low = torch.where(better, new_low, low)
-    flat = ~curved
-    return AffineFit(scale.masked_fill(flat, 0.0), -low, inverse.masked_fill(flat, 0.0), offset)
+        if bool(positive.any()):  # seldom: sub-blocks mostly hold weights of both signs
+            torch.where(positive, sum_qx / sum_q2, new_scale, out=new_scale)
+            new_low.clamp_(max=0.0)
+        error.copy_(error_of(new_scale, new_low))
+        replace_(state, trial, (error < best).logical_and_(determinant > 0))
+    return AffineFit(
+        scale.masked_fill(flat, 0.0),
+        -torch.where(flat, lowest, low),
+        inverse.masked_fill(flat, 0.0),
+        offset,
+    )
 
 
 def symmetric_search(x: Tensor, weights: Tensor, half: int) -> SymmetricFit:
@@ -155,29 +159,44 @@ def symmetric_search(x: Tensor, weights: Tensor, half: int) -> SymmetricFit:
     extreme = signed_extreme(x)
     zero = extreme.abs() < _SMALLEST
     extreme = extreme.masked_fill(zero, 1.0)
-    q = torch.empty_like(x)
-    terms = x.new_empty(x.shape[0], 2, x.shape[1])
-    wqx, wqq = terms.unbind(1)
-    term_rows = terms.unbind(0)
-    weighted_x = weights * x
     index = torch.tensor([0, *range(-9, 0), *range(1, 10)], dtype=torch.float32, device=x.device)
-    scale = inverse = best = torch.zeros_like(extreme)
-    for trial_index, numerator in enumerate(-(index * 0.1 + half)):
-        trial = torch.div(numerator, extreme)
-        torch.mul(x, trial, out=q).round_().clamp_(-half, half - 1)
-        torch.mul(weighted_x, q, out=wqx)
-        torch.mul(weights, q, out=wqq).mul_(q)
-        sum_xq, sum_q2 = ordered_sum(term_rows).unbind(0)
-        new_scale = sum_xq / sum_q2
-        if trial_index == 0:
-            scale = torch.where(sum_q2 != 0, new_scale, 0.0)
-            inverse, best = trial, scale * sum_xq
-            continue
-        better = (sum_q2 > 0) & (sum_xq * sum_xq > best * sum_q2)
-        scale = torch.where(better, new_scale, scale)
-        inverse = torch.where(better, trial, inverse)
-        best = torch.where(better, new_scale * sum_xq, best)
+    trials = (-(index * 0.1 + half)).unsqueeze(1) / extreme
+    sum_xq, sum_q2 = _trial_sums(x, weights, trials, half)
+    scales = sum_xq / sum_q2
+    # Three rows a candidate: what it gains, scale, inverse.
+    trial = torch.stack((scales * sum_xq, scales, trials), dim=1)
+    state = trial[0].masked_fill(sum_q2[0] == 0, 0.0)
+    state[2] = trials[0]
+    squares = (sum_xq * sum_xq).masked_fill_(sum_q2 <= 0, -1.0)
+    for row in range(1, len(index)):
+        replace_(state, trial[row], squares[row] > state[0] * sum_q2[row])
+    _, scale, inverse = state.unbind(0)
     return SymmetricFit(scale.masked_fill(zero, 0.0), inverse.masked_fill(zero, 0.0))
+
+
+def _trial_sums(x: Tensor, weights: Tensor, trials: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """sum(w x q) and sum(w q^2), each `[t, m]`, of the codes for inverse scales `[t, m]`.
+
+    All candidates at once for a few columns, whose terms then stay in the cache.
+    """
+    size, m = x.shape
+    weighted_x = weights * x
+    sums = x.new_empty(2, len(trials), m)
+    step = max(LANES, _TRIAL_TERMS // (size * len(trials)) // LANES * LANES)
+    q = x.new_empty(len(trials), size, 0)
+    terms = Terms(q, 1)
+    for start in range(0, m, step):
+        columns = slice(start, min(start + step, m))
+        width = columns.stop - start
+        if q.shape[-1] != width:
+            q = x.new_empty(len(trials), size, width)
+            terms = Terms(q, 1)
+        torch.mul(x[:, columns], trials[:, None, columns], out=q).round_().clamp_(-half, half - 1)
+        torch.mul(weighted_x[:, columns], q, out=terms.values)
+        sums[0, :, columns] = terms.sum()
+        torch.mul(weights[:, columns], q, out=terms.values).mul_(q)
+        sums[1, :, columns] = terms.sum()
+    return sums[0], sums[1]
 
 
 def descent_search(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +229,7 @@ def positive_search(x: Tensor, weights: Tensor, levels: int) -> tuple[Tensor, Te
         trial = torch.div(numerator, largest)
         codes = (x * trial).round_().clamp_(0, levels)
         difference = x - codes * trial.reciprocal()
-        error = ordered_sum((weights * difference * difference).unbind(0))
+        error = ordered_sum(weights * difference * difference)
         better = error < best if trial_index else torch.ones_like(zero)
         best = torch.where(better, error, best)
         inverse = torch.where(better, trial, inverse)
@@ -226,8 +245,8 @@ def _descend(x: Tensor, weights: Tensor, codes: Tensor, lowest: int, highest: in
     is x_i over that. It is taken if sum(w x q)^2 / sum(w q^2) rises.
     """
     weighted_x = weights * x
-    sum_xq = ordered_sum((weighted_x * codes).unbind(0))
-    sum_q2 = ordered_sum((weights * codes * codes).unbind(0))
+    sum_xq = ordered_sum(weighted_x * codes)
+    sum_q2 = ordered_sum(weights * codes * codes)
     for _ in range(5):
         changed = torch.zeros_like(sum_xq, dtype=torch.bool)
         for i in range(x.shape[0]):

@@ -27,11 +27,11 @@ from .block import (
     safe_reciprocal,
     to_columns,
 )
+from .ordered import ordered_sum
 from .search import (
     IMPORTANCE_GRID,
     CandidateGrid,
     affine_search,
-    ordered_sum,
     positive_search,
 )
 
@@ -66,7 +66,7 @@ def by_sub_block(values: Tensor) -> Tensor:
 def mean_square(blocks: Tensor) -> Tensor:
     """Mean of x^2 over each super-block `[n, 256]`, added in ggml's order; float32 `[n]`."""
     x = input_columns(blocks, SUPER_BLOCK)
-    return ordered_sum((x * x).unbind(0)) / SUPER_BLOCK
+    return ordered_sum(x * x) / SUPER_BLOCK
 
 
 def importance_weights(x: Tensor, importance: Tensor, variance: Tensor, sub_blocks: int) -> Tensor:
@@ -103,7 +103,7 @@ def quantize_affine(
     if importance is None:
         weights = x.abs()
         if size == 32:
-            weights += exact_sqrt(ordered_sum((x * x).unbind(0)) / size)
+            weights += exact_sqrt(ordered_sum(x * x) / size)
         fit = affine_search(x, weights, levels, grid, absolute=size == 16)
         d, scale_codes = _shared_factor(by_super_block(fit.scale, sub_blocks), factor_levels)
         dmin, min_codes = _shared_factor(by_super_block(fit.minimum, sub_blocks), factor_levels)
@@ -111,7 +111,7 @@ def quantize_affine(
         variance = mean_square(blocks) * (1.0 if size == 16 else 2.0)
         weights = importance_weights(x, importance, variance, sub_blocks)
         fit = affine_search(x, weights, levels, IMPORTANCE_GRID)
-        totals = by_super_block(ordered_sum(weights.unbind(0)), sub_blocks)
+        totals = by_super_block(ordered_sum(weights), sub_blocks)
         scales = by_super_block(fit.scale, sub_blocks)
         minima = by_super_block(fit.minimum, sub_blocks)
         d, scale_codes = positive_search(scales, totals, factor_levels)
