@@ -207,7 +207,7 @@ void add_up(const float* x, int columns, float* totals, int64_t blocks) {
 int mode_for(int mode, int rows, bool table, int bits) {
     const bool tiles = QL_LEVEL >= 4 && rows >= TILE_FROM;
     if (mode == INT8_ROW || mode == INT8_GIVEN || mode > BF16) return mode;
-    if (bits == 16 || table) return tiles && mode != EXACT && !table ? BF16 : EXACT;
+    if (bits == 16 || table) return tiles && mode != EXACT ? BF16 : EXACT;
     if (mode == INT8_BLOCK) return tiles ? BF16 : INT8_BLOCK;
     return mode == BF16 && !tiles ? EXACT : mode;
 }
@@ -270,7 +270,7 @@ void multiply_most(const Matrix& w, const Input& in, float* y, int64_t y_stride,
         });
         return;
     }
-    if (in.high && whole) {
+    if (in.high && (whole || !in.low)) {
         pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
             tiles_bf16(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
         });

@@ -24,45 +24,58 @@ void configure() {
     _tile_loadconfig(&config);
 }
 
-// value - z of 16 rows and 32 columns as bfloat16 pairs [16 pairs][16 rows][2]. Whole numbers up to
-// 256 are exact; a table's values are split in a high and a low part.
-template <int BITS>
-void unpack_tile(const Matrix& w, const uint8_t* p, F zero, uint16_t* high, uint16_t* low) {
-    U8 steps[8];
-    unpack_chunk<BITS>(p, steps);
+// Two registers of float32 as bfloat16 pairs, and what the rounding left over.
+inline void put_pairs(const F (&v)[2], uint16_t* high, uint16_t* low) {
     const I upper = I{} + (int32_t)0xffff0000;
-    for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 4; j += 2) {
-            F v[2];
-            for (int e = 0; e < 2; e++) {
-                const I index = byte_of(steps[i], j + e);
-                v[e] = (w.table ? look_up(w.table, index) : to_float(index)) - zero;
-            }
-            const int at = (2 * i + j / 2) * 32;
-            F top[2];
-            for (int e = 0; e < 2; e++) {
-                // Rounded to bfloat16 where there is more than it holds.
-                const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v[e]);
-                top[e] = (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)rounded), 16);
-            }
-            store(high + at, (I)_mm512_srli_epi32((__m512i)top[0], 16) | ((I)top[1] & upper));
-            if (low)
-                store(low + at, (I)_mm512_srli_epi32((__m512i)(v[0] - top[0]), 16) |
-                                    ((I)(v[1] - top[1]) & upper));
-        }
+    F top[2];
+    for (int e = 0; e < 2; e++) {
+        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v[e]);
+        top[e] = (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)rounded), 16);
+    }
+    store(high, (I)_mm512_srli_epi32((__m512i)top[0], 16) | ((I)top[1] & upper));
+    if (low)
+        store(low, (I)_mm512_srli_epi32((__m512i)(v[0] - top[0]), 16) | ((I)(v[1] - top[1]) & upper));
 }
 
+// Sixteen rows as bfloat16 tiles [padded / 32][16 pairs of columns][16 rows][2]. Folded: the weight
+// itself, rounded. Otherwise value - z, the grid left for later: whole numbers up to 256, which
+// bfloat16 holds exactly; a table's values are split in a high and a low part.
+template <int BITS, bool FOLDED>
 void unpack_block(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
-    const int tiles = w.padded() / CHUNK, groups = w.groups();
-    const int a_group = groups == 1 ? tiles : w.group / CHUNK;
+    const uint8_t* p = w.block(block);
+    const bool offset = w.zero == ZERO_OFFSET;
+    F s = splat(1.f), z{};
+    int grid = -1;
+    for (int t = 0; t < w.padded() / CHUNK; t++, p += CHUNK * BITS * 2) {
+        U8 steps[8];
+        unpack_chunk<BITS>(p, steps);
+        for (int i = 0; i < 8; i++) {
+            const int g = std::min((t * CHUNK + 4 * i) / w.group, w.groups() - 1);
+            if (g != grid) {
+                grid = g;
+                if (FOLDED) s = w.scale(block, g);
+                if (FOLDED || !offset) z = w.zero_of(block, g);
+            }
+            for (int j = 0; j < 4; j += 2) {
+                F v[2];
+                for (int e = 0; e < 2; e++) {
+                    const I index = byte_of(steps[i], j + e);
+                    v[e] = w.table ? look_up(w.table, index) : to_float(index);
+                    if (FOLDED) v[e] = offset ? s * v[e] + z : s * (v[e] - z);
+                    else v[e] -= z;
+                }
+                const int at = t * 512 + (2 * i + j / 2) * 32;
+                put_pairs(v, high + at, low ? low + at : nullptr);
+            }
+        }
+    }
+}
+
+void unpack(const Matrix& w, int block, bool folded, uint16_t* high, uint16_t* low) {
     with_bits(w.bits, [&](auto bits) {
         constexpr int BITS = decltype(bits)::value;
-        const uint8_t* p = w.block(block);
-        for (int t = 0; t < tiles; t++, p += CHUNK * BITS * 2) {
-            F zero{};
-            if (w.zero != ZERO_OFFSET) zero = w.zero_of(block, std::min(t / a_group, groups - 1));
-            unpack_tile<BITS>(w, p, zero, high + t * 512, low ? low + t * 512 : nullptr);
-        }
+        if (folded) unpack_block<BITS, true>(w, block, high, nullptr);
+        else unpack_block<BITS, false>(w, block, high, low);
     });
 }
 
@@ -90,7 +103,7 @@ struct Piece {
 
     void run(int m_tile, int height, F (&total)[4][TILE]) const {
         const int tiles = w.padded() / CHUNK;
-        const bool plain = w.bits == 16;
+        const bool plain = w.bits == 16 || !in.low;  // the grids are in the tiles already
         const int groups = plain ? 1 : w.groups();
         const int a_group = groups == 1 ? tiles : w.group / CHUNK;
         const int64_t a_row = (int64_t)tiles * 512;
@@ -209,8 +222,9 @@ void arrange_tiles(Input& in, int mode, Pool& pool) {
     in.low = low;
 }
 
-// y = sum_g s_g (tile products of (value - z) and x), x as one or two bfloat16 parts. Groups are whole
-// tiles of 32 columns.
+// With x in two parts ("exact"):  y = sum_g s_g (tile products of value - z and both parts of x); the
+// groups are whole tiles of 32 columns. With one part, the weight is rounded to bfloat16 as well and
+// nothing is left to do between tiles.
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {
     configure();
@@ -230,8 +244,8 @@ void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y,
                     piece.low[e] = nullptr;
                     continue;
                 }
-                uint16_t* low = w.table ? unpacked + (2 + e) * a_block : nullptr;
-                unpack_block(w, piece.block[e], unpacked + e * a_block, low);
+                uint16_t* low = w.table && in.low ? unpacked + (2 + e) * a_block : nullptr;
+                unpack(w, piece.block[e], !in.low, unpacked + e * a_block, low);
                 piece.high[e] = unpacked + e * a_block;
                 piece.low[e] = low;
             }
