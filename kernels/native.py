@@ -172,7 +172,9 @@ class Matrix:
         """bfloat16 weights as they are; weight: any float [rows, columns]."""
         rows, columns = weight.shape
         source = weight.detach().to(torch.bfloat16).contiguous()
-        codes = torch.empty(-(-rows // LANES) * LANES, padded_columns(columns), dtype=torch.bfloat16)
+        codes = torch.empty(
+            -(-rows // LANES) * LANES, padded_columns(columns), dtype=torch.bfloat16
+        )
         native()("ql_pack_bf16", source, rows, columns, codes)
         return cls(rows, columns, 16, {"codes": codes})
 
@@ -182,9 +184,7 @@ class Matrix:
     ) -> Matrix:
         rows, columns = codes.shape
         blocks = -(-rows // LANES)
-        planes = torch.empty(
-            blocks, padded_columns(columns) // 8 * bits * LANES, dtype=torch.uint8
-        )
+        planes = torch.empty(blocks, padded_columns(columns) // 8 * bits * LANES, dtype=torch.uint8)
         native()("ql_pack", codes.contiguous(), rows, columns, bits, planes)
         scales = scales.float().expand(rows, -1)
         half = scales.half()

@@ -18,7 +18,8 @@ from quantlab.layers import kernel_report
 from quantlab.llamacpp import LlamaCpp
 from quantlab.metrics.quality import TorchScorer
 from quantlab.metrics.speed import Decoder, Speed, measure_speed
-from quantlab.native_decoder import NativeDecoder, NativeSession, refusal
+from quantlab.native_decoder import NativeDecoder, NativeSession
+from quantlab.native_records import refusal
 from quantlab.onnx_engine import OnnxModel
 from quantlab.types import Execution
 

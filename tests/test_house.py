@@ -44,6 +44,8 @@ calibration < sensitivity
 methods < blockwise
 moments < calibration < lockstep < blockwise
 texts < lockstep
+layers < native_weights < native_records < native_decoder < runners
+engine < native_decoder
 heap < blockwise
 calibration < training < methods
 grid < compensation < training
