@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+KERNELS = Path(__file__).resolve().parents[1] / "build" / "kernels"
+os.environ.setdefault("QUANTLAB_KERNEL_CACHE", str(KERNELS))
+"""Compiled kernels are kept from run to run, as users keep theirs, but in the checkout."""
 
 
 @pytest.fixture
