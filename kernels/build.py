@@ -135,8 +135,8 @@ def build(level: Level) -> Path:
 
 
 def version(command: str) -> str:
-    """The compiler's first line about itself. Raises: BuildError."""
-    return _run([command, "--version"]).splitlines()[0]
+    """The compiler's first line about itself, which may be empty. Raises: BuildError."""
+    return _run([command, "--version"]).partition("\n")[0]
 
 
 def compile_all(command: str, flags: tuple[str, ...], folder: Path) -> Path:
