@@ -56,6 +56,7 @@ LEVELS = (
 )
 
 
+@functools.cache
 def supported() -> tuple[Level, ...]:
     """The levels that this CPU (and operating system) can run, best first."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -99,16 +100,15 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def library() -> tuple[ctypes.CDLL, Level]:
-    """The loaded library of the chosen level. Raises: BuildError."""
-    level = chosen()
+def library(level: Level) -> ctypes.CDLL:
+    """The loaded library of a level that this machine runs. Raises: BuildError."""
     try:
         found = ctypes.CDLL(str(build(level)))
     except OSError as error:
         raise BuildError(f"the compiled kernels do not load: {error}") from None
     if found.ql_init() != 0:
         raise BuildError(f"the operating system does not let this process use {level.label}")
-    return found, level
+    return found
 
 
 def build(level: Level) -> Path:
@@ -135,8 +135,8 @@ def build(level: Level) -> Path:
 
 
 def version(command: str) -> str:
-    """The compiler's first line about itself. Raises: BuildError."""
-    return _run([command, "--version"]).splitlines()[0]
+    """The compiler's first line about itself, which may be empty. Raises: BuildError."""
+    return _run([command, "--version"]).partition("\n")[0]
 
 
 def compile_all(command: str, flags: tuple[str, ...], folder: Path) -> Path:

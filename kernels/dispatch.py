@@ -34,14 +34,18 @@ def probe(kernel: Kernel) -> str | None:
 
 
 def choose(problem: Problem) -> tuple[Choice, Kernel | None]:
-    """The first kernel that covers `problem` and works here, or the reference (None)."""
-    reasons = []
+    """The first kernel that covers `problem` and works here, or the reference (None).
+
+    `why` names the kernels before it that cover the problem and do not work on this machine."""
+    refused, broken = [], []
     for kernel in KERNELS:
-        reason = kernel.refusal(problem) or probe(kernel)
-        if reason is None:
-            return Choice(kernel.name, "packed", _covers(problem)), kernel
-        reasons.append(f"{kernel.name}: {reason}")
-    return fallback("; ".join(reasons)), None
+        if reason := kernel.refusal(problem):
+            refused.append(f"{kernel.name}: {reason}")
+        elif reason := probe(kernel):
+            broken.append(f"{kernel.name}: {reason}")
+        else:
+            return Choice(kernel.name, "packed", "; ".join([_covers(problem), *broken])), kernel
+    return fallback("; ".join([*broken, *refused])), None
 
 
 def prepare(problem: Problem, operands: Callable[[], Operands]) -> tuple[Choice, Prepared | None]:

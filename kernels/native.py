@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from typing import Any
 
@@ -77,11 +78,11 @@ class ModelRecord(Structure):
 
 
 class Native:
-    """The library and its threads. Its threads serve one call at a time."""
+    """The library of a level and its threads, which serve one call at a time: others wait."""
 
-    def __init__(self, threads: int) -> None:
-        self.library, self.level = build.library()
-        self.threads = threads
+    def __init__(self, threads: int, level: build.Level) -> None:
+        self.library, self.level, self.threads = build.library(level), level, threads
+        self._one_at_a_time = threading.Lock()
         self.library.ql_pool_new.restype = c_void_p
         self.library.ql_linear.argtypes = [
             *(c_void_p, c_void_p, ctypes.c_int64),
@@ -94,18 +95,19 @@ class Native:
         values = [
             c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in (*arguments, self.pool)
         ]
-        result: int = getattr(self.library, name)(*values)
+        with self._one_at_a_time:  # ctypes lets other Python threads run meanwhile
+            result: int = getattr(self.library, name)(*values)
         return result
 
 
-@functools.cache
-def _native(threads: int) -> Native:
-    return Native(threads)
+_native = functools.cache(Native)
 
 
 def native() -> Native:
-    """The library with as many threads as torch uses now. Raises: BuildError."""
-    return _native(torch.get_num_threads())
+    """The library of the chosen level with as many threads as torch uses now.
+
+    Raises: BuildError."""
+    return _native(torch.get_num_threads(), build.chosen())
 
 
 def side_by_side(grids: Tensor) -> Tensor:
@@ -212,11 +214,10 @@ class Matrix:
 
     def linear(self, x: Tensor, how: How, bias: Tensor | None = None) -> Tensor:
         """y = x w^T + bias, float32 [m, rows] from float32 [m, columns]; bias: float32 [rows]."""
-        threads = native()
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.rows)
-        threads.library.ql_linear(
-            *(ctypes.byref(self.record), x.data_ptr(), x.shape[0], y.data_ptr()),
-            *(ctypes.byref(how), None if bias is None else bias.data_ptr(), threads.pool),
+        native()(
+            *("ql_linear", ctypes.byref(self.record), x, x.shape[0], y),
+            *(ctypes.byref(how), bias),
         )
         return y

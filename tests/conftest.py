@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from kernels import build
+
+KERNELS = Path(__file__).resolve().parents[1] / "build" / "kernels"
+os.environ.setdefault("QUANTLAB_KERNEL_CACHE", str(KERNELS))
+"""Compiled kernels are kept from run to run, as users keep theirs, but in the checkout."""
 
 
 @pytest.fixture
@@ -19,3 +28,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration in float32 also where this CPU multiplies bfloat16: the same numbers anywhere."""
     monkeypatch.setattr("quantlab.texts.fast_bfloat16", lambda: False)
+
+
+@pytest.fixture(scope="module", params=[level.name for level in build.LEVELS])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every level in turn, chosen as a user would: by QUANTLAB_NATIVE."""
+    name = str(request.param)
+    levels = {level.name: level for level in build.supported()}
+    if name not in levels:
+        pytest.skip(f"this CPU has no {name}")
+    folder = Path(os.environ["QUANTLAB_KERNEL_CACHE"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # One process compiles a level, the others find it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build.build(levels[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTLAB_NATIVE", name)
+        yield name

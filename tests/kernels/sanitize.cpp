@@ -1,0 +1,232 @@
+// Runs every kernel over many shapes on memory of exactly the documented size, for the sanitizers to
+// watch. test_sanitizers.py builds it with kernels/cpu/*.cpp; what comes out is right by other tests,
+// here it only has to be finite.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "decoder.h"
+
+using namespace ql;
+
+extern "C" {
+int ql_init();
+void* ql_pool_new(int threads);
+void ql_pool_free(void* pool);
+void ql_pack(const uint8_t*, int rows, int columns, int bits, uint8_t*, void* pool);
+void ql_unpack(const uint8_t*, int rows, int columns, int bits, uint8_t*, void* pool);
+void ql_pack_bf16(const uint16_t*, int rows, int columns, uint16_t*, void* pool);
+void ql_linear(const Matrix*, const float* x, int64_t rows, float* y, const How*, const float* bias, void*);
+int ql_read(const Model*, const int32_t*, int first, int count, int every, float* logits, void* pool);
+}
+
+namespace {
+
+std::mt19937 generator(1);
+int whole(int below) { return (int)(generator() % (unsigned)below); }
+float number() { return (float)whole(2001) / 1000.f - 1.f; }
+
+// Memory that ends where the values end, and starts where only its type has to be aligned.
+template <class T>
+struct Exact {
+    std::unique_ptr<T[]> data;
+    int64_t count;
+    explicit Exact(int64_t n) : data(new T[n]()), count(n) {}
+    T* get() const { return data.get(); }
+    T& operator[](int64_t i) { return data[i]; }
+};
+
+Exact<float> numbers(int64_t count) {
+    Exact<float> made(count);
+    for (int64_t i = 0; i < count; i++) made[i] = number();
+    return made;
+}
+
+void fail(const char* what) {
+    std::fprintf(stderr, "%s\n", what);
+    std::exit(1);
+}
+
+void finite(const float* y, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (!std::isfinite(y[i])) fail("a result is not finite");
+}
+
+// A random weight and the memory it lies in.
+struct Weight {
+    Matrix record{};
+    Exact<uint8_t> planes{0}, zero_bytes{0};
+    Exact<uint16_t> halves{0}, offsets{0}, plain{0};
+    Exact<float> floats{0}, wide_offsets{0}, table{0};
+    Exact<int32_t> sums{0};
+
+    Weight(int rows, int columns, int bits, int group, int zero, bool wide, bool codebook, void* pool) {
+        record.rows = rows;
+        record.columns = columns;
+        record.bits = bits;
+        record.group = group;
+        record.zero = zero;
+        record.wide_scales = wide;
+        const int padded_rows = record.row_blocks() * LANES;
+        if (bits == 16) {
+            Exact<uint16_t> source((int64_t)rows * columns);
+            for (int64_t i = 0; i < source.count; i++) source[i] = (uint16_t)(0x3c00 + whole(256));
+            plain = Exact<uint16_t>((int64_t)padded_rows * record.padded());
+            ql_pack_bf16(source.get(), rows, columns, plain.get(), pool);
+            record.codes = (const uint8_t*)plain.get();
+            return;
+        }
+        Exact<uint8_t> codes((int64_t)rows * columns), back((int64_t)rows * columns);
+        for (int64_t i = 0; i < codes.count; i++) codes[i] = (uint8_t)whole(1 << bits);
+        planes = Exact<uint8_t>(record.block_bytes() * record.row_blocks());
+        ql_pack(codes.get(), rows, columns, bits, planes.get(), pool);
+        ql_unpack(planes.get(), rows, columns, bits, back.get(), pool);
+        if (std::memcmp(codes.get(), back.get(), (size_t)codes.count) != 0) fail("codes changed");
+        const int64_t grids = (int64_t)padded_rows * record.groups();
+        sums = Exact<int32_t>(padded_rows);
+        if (wide) floats = numbers(grids);
+        else halves = Exact<uint16_t>(grids);
+        for (int64_t i = 0; i < halves.count; i++) halves[i] = (uint16_t)whole(0x3c00);
+        if (zero == ZERO_BYTE) zero_bytes = Exact<uint8_t>(grids);
+        if (zero == ZERO_OFFSET && wide) wide_offsets = numbers(grids);
+        if (zero == ZERO_OFFSET && !wide) offsets = Exact<uint16_t>(grids);
+        if (codebook) table = numbers(16);
+        record.codes = planes.get();
+        record.scales = wide ? (const void*)floats.get() : halves.get();
+        if (zero == ZERO_BYTE) record.zeros = zero_bytes.get();
+        if (zero == ZERO_OFFSET) record.zeros = wide ? (const void*)wide_offsets.get() : offsets.get();
+        if (codebook) record.table = table.get();
+        record.sums = sums.get();
+    }
+};
+
+void products(const Weight& w, int rows, How how, bool bias, void* pool) {
+    const Exact<float> x = numbers((int64_t)rows * w.record.columns);
+    const Exact<float> b = numbers(w.record.rows);
+    Exact<float> y((int64_t)rows * w.record.rows);
+    ql_linear(&w.record, x.get(), rows, y.get(), &how, bias ? b.get() : nullptr, pool);
+    finite(y.get(), y.count);
+}
+
+void linears(void* pool) {
+    const int shapes[][2] = {{1, 1}, {3, 31}, {16, 32}, {17, 33}, {33, 64}, {40, 65}, {50, 130}, {48, 200}};
+    for (const auto& [rows, columns] : shapes)
+        for (int m : {1, 5, 6, 17, 40}) {
+            for (int bits = 2; bits <= 8; bits++)
+                for (int group : {4, 12, 32, 64, columns})
+                    for (int zero = ZERO_MIDDLE; zero <= ZERO_OFFSET; zero++)
+                        for (int mode : {EXACT, INT8_BLOCK, INT8_ROW, BF16}) {
+                            // Every fourth combination: the shapes go round, the rest takes turns.
+                            if (whole(4)) continue;
+                            const bool wide = zero == ZERO_OFFSET || whole(2);
+                            const Weight w(rows, columns, bits, std::min(group, columns), zero, wide,
+                                           bits == 4 && zero == ZERO_MIDDLE && mode != INT8_ROW && whole(2), pool);
+                            products(w, m, {mode, 0, 0, 0}, whole(2), pool);
+                        }
+            const Weight bytes(rows, columns, 8, columns, ZERO_MIDDLE, false, false, pool);
+            for (int mode : {INT8_ROW, INT8_GIVEN, INT8_RANGE_ROW, INT8_RANGE, INT8_OUTLIERS})
+                products(bytes, m, {mode, 0.01f, 121, 0.9f}, true, pool);
+            const Weight plain(rows, columns, 16, columns, ZERO_MIDDLE, false, false, pool);
+            for (int mode : {EXACT, INT8_BLOCK, BF16}) products(plain, m, {mode, 0, 0, 0}, false, pool);
+        }
+}
+
+// A decoder whose sizes are multiples of nothing, with every option of every family.
+void decoder(int bits, int mode, bool options, void* pool) {
+    const int layers = 2, width = 42, heads = 4, kv_heads = 2, head_dim = 10, ffn = 50, words = 37;
+    const int capacity = 48, rotary = options ? 6 : head_dim;
+    std::vector<std::unique_ptr<Weight>> kept;
+    std::vector<Exact<float>> vectors;
+    auto vector = [&](int64_t count) {
+        vectors.push_back(numbers(count));
+        return vectors.back().get();
+    };
+    auto linear = [&](int rows, int columns) {
+        const int zero = bits == 8 ? ZERO_MIDDLE : ZERO_BYTE, group = bits == 8 ? columns : 12;
+        kept.push_back(std::make_unique<Weight>(rows, columns, bits, group, zero, true, false, pool));
+        return Linear{&kept.back()->record, options ? vector(rows) : nullptr, {mode, 0.01f, 121, 0.9f}};
+    };
+    std::vector<Layer> blocks;
+    for (int i = 0; i < layers; i++) {
+        Layer l{};
+        l.q = linear(heads * head_dim, width);
+        l.k = linear(kv_heads * head_dim, width);
+        l.v = linear(kv_heads * head_dim, width);
+        l.o = linear(width, heads * head_dim);
+        l.gate = linear(ffn, width);
+        l.up = linear(ffn, width);
+        l.down = linear(width, ffn);
+        l.attention_norm = vector(width);
+        l.ffn_norm = vector(width);
+        l.cosine = vector((int64_t)capacity * (rotary / 2));
+        l.sine = vector((int64_t)capacity * (rotary / 2));
+        if (options) {
+            l.after_attention_norm = vector(width);
+            l.after_ffn_norm = vector(width);
+            l.q_norm = vector(head_dim);
+            l.k_norm = vector(head_dim);
+            l.window = i ? 0 : 5;
+        }
+        blocks.push_back(l);
+    }
+    const int64_t cached = (int64_t)layers * kv_heads * capacity * head_dim;
+    Exact<float> keys(cached), values(cached);
+    const Weight embedding(words, width, bits, width, ZERO_MIDDLE, true, false, pool);
+    Model model{};
+    model.layers = blocks.data();
+    model.layer_count = layers;
+    model.width = width;
+    model.heads = heads;
+    model.kv_heads = kv_heads;
+    model.head_dim = head_dim;
+    model.rotary = rotary;
+    model.ffn = ffn;
+    model.vocabulary = words;
+    model.gelu = options;
+    model.capacity = capacity;
+    model.eps = 1e-5f;
+    model.attention_scale = 0.3f;
+    model.attention_cap = options ? 5.f : 0.f;
+    model.logit_cap = options ? 3.f : 0.f;
+    model.embedding_scale = options ? 6.5f : 1.f;
+    model.embedding = &embedding.record;
+    model.head = linear(words, width);
+    model.final_norm = vector(width);
+    model.keys = keys.get();
+    model.values = values.get();
+    // A prompt in two parts, some tokens, and the last place of the cache.
+    int first = 0;
+    for (int count : {7, 1, 1, 17, 1, 20, 1}) {
+        Exact<int32_t> tokens(count);
+        for (int i = 0; i < count; i++) tokens[i] = whole(words);
+        const bool every = first % 2;
+        Exact<float> logits((int64_t)(every ? count : 1) * words);
+        const int next = ql_read(&model, tokens.get(), first, count, every, logits.get(), pool);
+        if (next < 0 || next >= words) fail("no such token");
+        finite(logits.get(), logits.count);
+        first += count;
+    }
+    if (first != capacity) fail("the cache was not filled");
+}
+
+}  // namespace
+
+int main() {
+    if (ql_init() != 0) fail("the operating system does not let this process use the level");
+    for (int threads : {1, 2}) {
+        void* pool = ql_pool_new(threads);
+        linears(pool);
+        for (const bool options : {false, true}) {
+            for (int mode : {EXACT, INT8_BLOCK}) {
+                decoder(16, mode, options, pool);
+                decoder(4, mode, options, pool);
+            }
+            for (int mode : {INT8_ROW, INT8_GIVEN, INT8_RANGE_ROW, INT8_RANGE, INT8_OUTLIERS})
+                decoder(8, mode, options, pool);
+        }
+        ql_pool_free(pool);
+    }
+    std::puts("clean");
+}
