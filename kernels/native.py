@@ -138,9 +138,9 @@ class Matrix:
         cls, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int
     ) -> Matrix:
         """w = (code - zero) * scale. codes: uint8 [rows, columns]; scales, zeros: float32 [rows or
-        1, groups]. Zero-points that are no whole numbers from 0 to 255 become offsets -zero * scale.
+        1, groups]. Zero-points that are no whole numbers from 0 to 255 become offsets.
         """
-        rows, columns = codes.shape
+        rows = codes.shape[0]
         scales, zeros = (t.float().expand(rows, -1) for t in (scales, zeros))
         whole = bool(((zeros >= 0) & (zeros <= 255) & (zeros == zeros.round())).all())
         if not whole:

@@ -1,8 +1,8 @@
 """Llama-like models on the native kernels: every token, or a whole prompt, in one C++ call.
 
-`NativeDecoder` reads a transformers module once (weights, norms, rotation tables) and runs it without
-transformers afterwards. Linears keep what they are: bfloat16 weights, or the packed weights of a
-QuantLinear. Families and options that the C++ does not know are refused with the reason
+`NativeDecoder` reads a transformers module once (weights, norms, rotation tables) and runs it
+without transformers afterwards. Linears keep what they are: bfloat16 weights, or the packed weights
+of a QuantLinear. Families and options that the C++ does not know are refused with the reason
 (`native_records.refusal`), and run as transformers modules.
 """
 

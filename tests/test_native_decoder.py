@@ -38,7 +38,7 @@ from quantlab.engine import Session
 from quantlab.errors import ConfigError
 from quantlab.layers import QuantEmbedding, QuantLinear, replace_linear
 from quantlab.methods.w8a8 import pack_int8
-from quantlab.models import ModelSource, load
+from quantlab.models import load
 from quantlab.native_decoder import (
     CHUNK,
     FAMILIES,

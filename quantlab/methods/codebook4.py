@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quantlab.calibration import ActStats
-from quantlab.codebook import BLOCK_SIZES
+from quantlab.codebook import BLOCK_SIZES, CodebookName
 from quantlab.methods import base
 from quantlab.models import Block
 from quantlab.packing import PackedWeight, codebook_weight
@@ -30,8 +31,9 @@ class CodebookConfig(base.WeightConfig):
 
 
 class Codebook4(base.Quantizer):
-    """A method whose `name` is that of its table."""
+    """A method of one table, `codebook`."""
 
+    codebook: ClassVar[CodebookName]
     bits = (4,)
     Config = CodebookConfig
 
@@ -40,7 +42,7 @@ class Codebook4(base.Quantizer):
     ) -> dict[str, PackedWeight]:
         return {
             path: codebook_weight(
-                linear.weight, self.name, config.block_size, double_quant=config.double_quant
+                linear.weight, self.codebook, config.block_size, double_quant=config.double_quant
             )
             for path, linear in block.linears.items()
         }

@@ -96,8 +96,8 @@ class EfficientQATConfig(base.WeightConfig):
     e2e_rate: float = base.option(
         0.01,
         "Learning rate, end to end",
-        "What a step can move by in one step of E2E-QP at 2 bits, as a fraction of itself; a quarter "
-        "of it for each further bit, since finer grids have less to gain and more to lose.",
+        "What a step can move by in one step of E2E-QP at 2 bits, as a fraction of itself; a "
+        "quarter of it for each further bit: finer grids have less to gain and more to lose.",
         minimum=0.0,
         maximum=1.0,
         step=0.001,

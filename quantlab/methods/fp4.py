@@ -15,6 +15,7 @@ from quantlab.methods.codebook4 import Codebook4
 @base.register
 class FP4(Codebook4):
     name = "fp4"
+    codebook = "fp4"
     title = "FP4"
     paper = "arXiv 2305.14314"
     summary = "4-bit floats with a scale a block; needs no data."

@@ -15,6 +15,7 @@ from quantlab.methods.codebook4 import Codebook4
 @base.register
 class NF4(Codebook4):
     name = "nf4"
+    codebook = "nf4"
     title = "NF4"
     paper = "arXiv 2305.14314"
     summary = "4-bit codes into quantiles of the normal distribution (QLoRA); needs no data."

@@ -153,9 +153,7 @@ def codes_of(x: Tensor, how: native.How) -> tuple[Tensor, Tensor, Tensor | float
     return codes.double() * step.double(), size, 0
 
 
-def integers(
-    case: Case, x: Tensor, bias: Tensor | None, how: native.How
-) -> tuple[Tensor, Tensor]:
+def integers(case: Case, x: Tensor, bias: Tensor | None, how: native.How) -> tuple[Tensor, Tensor]:
     """(product, bound) where x is rounded to int8 codes and sums of whole numbers are exact."""
     rounded, size, apart = codes_of(x, how)
     pieces = -(-x.shape[1] // (32 if case.whole_groups else 4))
