@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from kernels import torch_int4, torch_int8, torch_outlier, torch_w8a8
+from kernels import gpu, torch_int4, torch_int8, torch_outlier, torch_w8a8
 from kernels.base import Choice, Kernel, Operands, Prepared, Problem
 
 KERNELS: tuple[Kernel, ...] = (
@@ -17,6 +17,7 @@ KERNELS: tuple[Kernel, ...] = (
     torch_int8.KERNEL,
     torch_w8a8.KERNEL,
     torch_outlier.KERNEL,
+    *gpu.KERNELS,
 )
 REFERENCE = "reference"
 
@@ -32,9 +33,12 @@ def probe(kernel: Kernel) -> str | None:
 
 
 def choose(problem: Problem) -> tuple[Choice, Kernel | None]:
-    """The first kernel that covers `problem` and works here, or the reference (None)."""
-    reasons = []
-    for kernel in KERNELS:
+    """The first kernel that covers `problem` and works here, or the reference (None).
+
+    Kernels of other devices give no reasons: they would only hide what is missing on this one."""
+    kernels = [kernel for kernel in KERNELS if problem.device in kernel.devices]
+    reasons = [] if kernels else [f"no kernel for device {problem.device}"]
+    for kernel in kernels:
         reason = kernel.refusal(problem) or probe(kernel)
         if reason is None:
             return Choice(kernel.name, "packed", _covers(problem)), kernel
