@@ -12,9 +12,9 @@ and scales the sum of the block: the only roundings are those of float32 sums an
     multiply_row    one row of x: products and sums outside the tensor cores
     multiply_tile   several rows: `tl.dot`, on tensor cores
 
-Where there are too few tiles for the GPU's multiprocessors, the blocks are shared out too (split-K):
-each program sums a part of them into a float32 buffer, and `add_parts` adds those up, in a fixed
-order, so that the same input gives the same output every time.
+Where there are fewer tiles than the GPU has multiprocessors, the blocks are shared out too
+(split-K): each program sums a part of them into a float32 buffer, and `add_parts` adds those up, in
+a fixed order, so that the same input gives the same output every time.
 
 Tested in Triton's interpreter, compiled for sm_80 and sm_90, never run on a GPU: nothing here has
 been timed, and the sizes of the tiles are chosen by what fits into registers.
@@ -43,8 +43,8 @@ TILES = (
     Tile(rows=64, tokens=64, warps=4, stages=3),
     Tile(rows=128, tokens=64, warps=8, stages=3),
 )
-"""For several rows of x: one that holds them all, or many of the last. Compiled for sm_80, 128 by 64
-with 4 warps or 128 by 128 with 8 do not fit into registers at blocks of 128."""
+"""For several rows of x: one that holds them all, or many of the last. On sm_80, at blocks of 128,
+the registers cannot hold 128 by 64 with 4 warps (8-bit codes) or 128 by 128 with 8 (4-bit ones)."""
 
 
 @triton.jit
@@ -161,7 +161,13 @@ def multiply_tile(
 
 @triton.jit
 def add_parts(
-    sums: tl.tensor, bias: tl.tensor, out: tl.tensor, count: int, rows: int, parts: int, ADDED: tl.constexpr
+    sums: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    count: int,
+    rows: int,
+    parts: int,
+    ADDED: tl.constexpr,
 ) -> None:
     """out [count] = the sum of sums [parts, count] over the parts, plus the bias of each row."""
     at = tl.program_id(0) * ADDED + tl.arange(0, ADDED)

@@ -13,7 +13,7 @@ from kernels.base import Operands, Problem
 
 pytest.importorskip("triton")
 
-from kernels.gpu import w4a16  # noqa: E402
+from kernels.gpu import w4a16
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -13,7 +13,7 @@ from kernels.base import ActivationKind, Operands, Problem
 
 pytest.importorskip("triton")
 
-from kernels.gpu import w8a8  # noqa: E402
+from kernels.gpu import w8a8
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
