@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.base import Operands, Problem
+from kernels.base import ActivationKind, Operands, Problem
 from kernels.gpu.launch import Launch, Tile, require_gpu, tile_of
 
 BLOCK = 64
@@ -222,7 +222,8 @@ def probe(device: str = "cuda") -> None:
     require_gpu(device)
     codes = (torch.arange(70 * 80, device=device).reshape(70, 80) * 37 % 255 + 1).to(torch.uint8)
     ones = torch.ones(70, 1, device=device)
-    for kind, zero in (("token", 0), ("tensor", 131)):
+    cases: tuple[tuple[ActivationKind, int], ...] = (("token", 0), ("tensor", 131))
+    for kind, zero in cases:
         problem = Problem(70, 80, 8, 80, True, kind, device, torch.float32)
         layer = Int8Linear(problem, Operands(codes, ones, ones * 128, None, 1.0, zero))
         if not torch.equal(layer.codes(), codes):

@@ -34,21 +34,18 @@ def interpreted() -> Iterator[None]:
 
         for module in (language, w4a16, w8a8):
             wrap(module)
-        _repair_bfloat16(patch, InterpreterBuilder)
+        _repair(patch, InterpreterBuilder)
         yield
 
 
-def _repair_bfloat16(patch: pytest.MonkeyPatch, builder: Any) -> None:
+def _repair(patch: pytest.MonkeyPatch, builder: Any) -> None:
     """The interpreter keeps bfloat16 as 16 bits of an integer. Its casts cut off the lower bits of
-    float32, where GPUs round to the nearest even, and its `dot` multiplies the bits themselves."""
+    float32, where GPUs round to the nearest even, and its `dot` multiplies the bits themselves.
+    Its products of whole numbers are right, but take numpy's slow way; float64 is exact as well."""
     from triton import language
     from triton.runtime.interpreter import TensorHandle
 
     cast, dot = builder.cast_impl, builder.create_dot
-
-    def widened(handle: Any) -> Any:
-        bits = handle.data.astype(np.uint32) << 16
-        return TensorHandle(bits.view(np.float32), language.float32)
 
     def right_cast(self: Any, source: Any, target: Any) -> Any:
         if (source.dtype.scalar, target.scalar) != (language.float32, language.bfloat16):
@@ -57,10 +54,18 @@ def _repair_bfloat16(patch: pytest.MonkeyPatch, builder: Any) -> None:
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return TensorHandle(even.astype(np.uint16), language.bfloat16)
 
-    def right_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def right_dot(self: Any, a: Any, b: Any, start: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == language.int8:
+            product = a.data.astype(np.float64) @ b.data.astype(np.float64)
+            return TensorHandle(product.astype(np.int32) + start.data, language.int32)
         if a.dtype.scalar == language.bfloat16:
-            a, b = widened(a), widened(b)
-        return dot(self, a, b, *rest)
+            a, b = (
+                TensorHandle(
+                    (factor.data.astype(np.uint32) << 16).view(np.float32), language.float32
+                )
+                for factor in (a, b)
+            )
+        return dot(self, a, b, start, *rest)
 
     patch.setattr(builder, "cast_impl", right_cast)
     patch.setattr(builder, "create_dot", right_dot)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kernels import dispatch, gpu, reference
-from kernels.base import Kernel, Problem
+from kernels.base import Problem
 from quantlab.layers import QuantLinear
 from quantlab.packing import Activation, AffineWeight, affine
 
@@ -109,14 +109,10 @@ WEIGHTS = {
 
 @pytest.fixture
 def on_the_cpu(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.gpu import w4a16, w8a8
-
-    def moved(kernel: Kernel, module: object) -> Kernel:
-        probe = module.probe  # type: ignore[attr-defined]
-        return dataclasses.replace(kernel, devices=("cpu",), probe=lambda: probe("cpu"))
-
-    kernels = (moved(gpu.W4A16, w4a16), moved(gpu.W8A8, w8a8))
-    monkeypatch.setattr(dispatch, "KERNELS", kernels)
+    kernels = [
+        dataclasses.replace(kernel, devices=("cpu",), probe=lambda: None) for kernel in gpu.KERNELS
+    ]
+    monkeypatch.setattr(dispatch, "KERNELS", tuple(kernels))
 
 
 @pytest.mark.usefixtures("on_the_cpu")
