@@ -129,8 +129,11 @@ CASES = [
     (4, 64, torch.float16),
     (4, 128, torch.bfloat16),
     (4, 128, torch.float16),
+    (2, 64, torch.float16),
     (2, 128, torch.bfloat16),
+    (8, 64, torch.bfloat16),
     (8, 128, torch.bfloat16),
+    (8, 128, torch.float16),
 ]
 
 
