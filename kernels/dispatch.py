@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from kernels import native_linear, torch_int4, torch_int8, torch_outlier, torch_w8a8
+from kernels import gpu, native_linear, torch_int4, torch_int8, torch_outlier, torch_w8a8
 from kernels.base import Choice, Kernel, Operands, Prepared, Problem
 
 KERNELS: tuple[Kernel, ...] = (
@@ -19,6 +19,7 @@ KERNELS: tuple[Kernel, ...] = (
     torch_int8.KERNEL,
     torch_w8a8.KERNEL,
     torch_outlier.KERNEL,
+    *gpu.KERNELS,
 )
 REFERENCE = "reference"
 
@@ -36,9 +37,13 @@ def probe(kernel: Kernel) -> str | None:
 def choose(problem: Problem) -> tuple[Choice, Kernel | None]:
     """The first kernel that covers `problem` and works here, or the reference (None).
 
-    `why` names the kernels before it that cover the problem and do not work on this machine."""
+    `why` names the kernels before it that cover the problem and do not work on this machine.
+    Kernels of other devices give no reasons: they would only hide what is missing on this one."""
+    kernels = [kernel for kernel in KERNELS if problem.device in kernel.devices]
+    if not kernels:
+        return fallback(f"no kernel for device {problem.device}"), None
     refused, broken = [], []
-    for kernel in KERNELS:
+    for kernel in kernels:
         if reason := kernel.refusal(problem):
             refused.append(f"{kernel.name}: {reason}")
         elif reason := probe(kernel):

@@ -15,7 +15,16 @@ import psutil
 
 import quantlab
 
-PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "gradio", "numpy", "onnxruntime")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "llama-cpp-python",
+    "gguf",
+    "gradio",
+    "numpy",
+    "onnxruntime",
+)
 MEASURING = ("ui", "cli", "plots")
 """Rooms whose code decides no number; they do not count in `code_version`."""
 

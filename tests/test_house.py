@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +84,10 @@ ROOMS = {
     "quantlab.__main__": "cli",
 }
 """Modules that belong to a room of another name; a package or module is a room of its own name."""
+
+OPTIONAL = {"triton": "kernels.gpu."}
+"""Packages that a part of the program cannot do without, and the rest can: only there they are
+imported, and nothing of it is imported at start. Triton comes with torch's builds for CUDA."""
 
 LIGHT = ("quantlab.types", "quantlab.errors", "quantlab.results", "quantlab.store", "quantlab.jobs")
 """What pages and supervisors import without paying for torch."""
@@ -252,9 +259,19 @@ sys.addaudithook(watch)
 """
 
 
+def missing(name: str) -> bool:
+    """Whether a module needs an optional package that is not installed."""
+    return any(
+        name.startswith(part) and importlib.util.find_spec(package) is None
+        for package, part in OPTIONAL.items()
+        if package in {target.split(".")[0] for target in imports(name)}
+    )
+
+
 def test_importing_everything_is_quiet(tmp_path: Path) -> None:
     """No download, no build, no file, no log line and no logging set-up at import."""
     names = [name for name in modules() if name != "app" and not name.endswith("__main__")]
+    names = [name for name in names if not missing(name)]
     code = f"""{WATCH}
 import importlib, logging
 for name in {names!r}:
@@ -276,6 +293,17 @@ for name in {present!r}:
     importlib.import_module(name)
     heavy = {{"torch", "transformers", "gradio", "plotly", "pandas"}} & set(sys.modules)
     assert not heavy, (name, heavy)
+"""
+    done = python(code, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_optional_packages_are_not_imported_at_start(tmp_path: Path) -> None:
+    code = f"""
+import sys
+import kernels.dispatch, quantlab.layers
+early = {set(OPTIONAL)!r} & set(sys.modules)
+assert not early, early
 """
     done = python(code, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -327,10 +355,14 @@ def test_no_file_names_a_machine_a_registry_or_unfinished_work(pattern: re.Patte
 
 
 def requirements(name: str) -> dict[str, str]:
-    """Package (normalized) -> pinned version, of one requirements file."""
+    """Package (normalized) -> pinned version, of one requirements file, as far as it holds here."""
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    pins = [line.partition("==") for line in lines if line and line[0] not in "#-"]
-    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, _, version in pins}
+    pins = [Requirement(line) for line in lines if line and line[0] not in "#-"]
+    return {
+        canonicalize_name(pin.name): str(pin.specifier).removeprefix("==")
+        for pin in pins
+        if pin.marker is None or pin.marker.evaluate()
+    }
 
 
 @pytest.mark.parametrize(
@@ -353,7 +385,9 @@ def test_every_imported_package_is_required() -> None:
             top = target.split(".")[0]
             if top in sys.stdlib_module_names or top in ("quantlab", "kernels", "app"):
                 continue
-            packages = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(top, [top])}
+            if top in OPTIONAL and name.startswith(OPTIONAL[top]):
+                continue
+            packages = {canonicalize_name(owner) for owner in owners.get(top, [top])}
             if not packages & set(required):
                 missing.add(f"{top} (in {name})")
     assert not missing

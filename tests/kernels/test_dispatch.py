@@ -62,13 +62,13 @@ def test_outlier_columns_are_chosen(dtype: torch.dtype) -> None:
         (dataclasses.replace(INT4, bits=3), ["no 3-bit codes", "takes 8-bit inputs only"]),
         (dataclasses.replace(INT4, bits=None), ["not on uniform grids"]),
         (dataclasses.replace(INT4, dtype=torch.float32), ["no float32 activations"]),
-        (dataclasses.replace(INT4, device="cuda"), ["no device cuda"]),
+        (dataclasses.replace(INT4, device="meta"), ["no kernel for device meta"]),
         (dataclasses.replace(INT4, group_size=48), ["group size 48 is no multiple of 32"]),
         (dataclasses.replace(INT8, group_size=64), ["no groups within a row (group size 64)"]),
         (dataclasses.replace(INT8, symmetric=False), ["no zero-points in weights"]),
         (
             dataclasses.replace(INT8, activation="outlier", device="cuda"),
-            ["no device cuda", "takes 8-bit inputs by token or tensor or", "not by outlier"],
+            ["takes no 8-bit inputs", "takes 8-bit inputs by token or tensor or", "not by outlier"],
         ),
         (dataclasses.replace(INT8, bits=4), ["takes no 8-bit inputs", "no 4-bit codes"]),
         (
@@ -84,6 +84,15 @@ def test_everything_else_is_simulated_and_says_why(problem: Problem, reasons: li
     assert (choice.kernel, choice.execution) == ("reference", "simulated")
     for reason in reasons:
         assert reason in choice.why
+
+
+def test_kernels_of_other_devices_give_no_reasons() -> None:
+    """Here, what a CPU lacks; for a GPU, what the GPU kernels lack."""
+    choice, _ = dispatch.choose(dataclasses.replace(INT4, bits=3))
+    assert "Triton" not in choice.why
+    choice, _ = dispatch.choose(dataclasses.replace(INT4, device="cuda", dtype=torch.float32))
+    assert "no float32 activations" in choice.why
+    assert "torch int4pack" not in choice.why
 
 
 def broken(**changes: object) -> Kernel:
@@ -130,7 +139,11 @@ def test_operands_are_not_unpacked_for_the_reference() -> None:
 
 @needs_avx
 @needs_vnni
-@pytest.mark.parametrize("kernel", dispatch.KERNELS, ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kernel",
+    [kernel for kernel in dispatch.KERNELS if "cpu" in kernel.devices],
+    ids=lambda k: k.name,
+)
 def test_a_wrong_product_fails_the_probe(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that compares nothing would let a saturating or missing op through."""
     modules = (torch_int4, torch_int8, torch_w8a8, torch_outlier)
