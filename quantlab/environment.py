@@ -16,7 +16,7 @@ import psutil
 import quantlab
 
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "gradio", "numpy", "onnxruntime")
-MEASURING = ("ui", "cli", "plots")
+MEASURING = ("ui", "cli", "plots", "bench")
 """Rooms whose code decides no number; they do not count in `code_version`."""
 
 
