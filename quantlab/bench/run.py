@@ -180,6 +180,8 @@ def open_packed(
     opened: list[tuple[str, Weights, Decoder]] = []
     packed: dict[tuple[str | None, int], LoadedModel] = {}
     for row in rows:
+        if not set(row.parts) & set(spec.parts):
+            continue
         kind = (row.method, row.bits)
         if kind not in packed:
             packed = {kind: subjects.read(name, torch.bfloat16)}

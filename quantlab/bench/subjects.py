@@ -7,6 +7,7 @@ is made and quantized in seconds.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch
 
+from kernels.native_linear import NativeLinear
+from kernels.native_probe import copy_of
 from quantlab.bench.spec import GENERATED, Weights
 from quantlab.blockwise import install, quantize_blocks, quantize_outer
 from quantlab.errors import StorageError
 from quantlab.export import gguf
 from quantlab.ggml import FORMATS
 from quantlab.ggml.mixes import tensor_type
-from quantlab.layers import QuantEmbedding, QuantLinear
+from quantlab.layers import QuantEmbedding, QuantLinear, replace_linear
 from quantlab.methods import METHODS, configure
 from quantlab.models import LoadedModel, ModelSource, block_list, bundled, get_block, load, skeleton
 from quantlab.models.gguf_header import read_header
@@ -128,9 +131,12 @@ def pack(model: LoadedModel, weights: Weights, group_size: int) -> dict[str, Any
         method = METHODS[weights.method]
         pack_outer(model, outer)
         if repeated(model):
-            packed = method.quantize_block(get_block(model.module, model.family, 0), {}, config)
-            for index in range(len(block_list(model.module, model.family))):
-                install(get_block(model.module, model.family, index), packed)
+            first, *others = block_list(model.module, model.family)
+            block = get_block(model.module, model.family, 0)
+            install(block, method.quantize_block(block, {}, config))
+            for other in others:
+                for path in block.linears:
+                    replace_linear(other, path, twin(first.get_submodule(path)))
         else:
             quantize_blocks(model, method, config, None, lambda done, total: None)
     return {
@@ -140,6 +146,19 @@ def pack(model: LoadedModel, weights: Weights, group_size: int) -> dict[str, Any
         "head_bits": outer.head_bits,
         "bytes": weight_bytes(model),
     }
+
+
+def twin(linear: Any) -> Any:
+    """A QuantLinear of the same weight whose kernel reads memory of its own. Preparing each of a
+    hundred layers anew would take most of the benchmark's time."""
+    prepared = linear.prepared
+    if not isinstance(prepared, NativeLinear):
+        return QuantLinear(linear.weight_packed, linear.bias, linear.dtype)
+    made = object.__new__(QuantLinear)
+    made.__dict__.update(linear.__dict__)
+    made._prepared = copy.copy(prepared)
+    made._prepared.matrix = copy_of(prepared.matrix)
+    return made
 
 
 def weight_bytes(model: LoadedModel) -> int:
