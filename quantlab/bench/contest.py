@@ -14,7 +14,7 @@ from quantlab.metrics.speed import CONTEXT_TOKENS, DECODED_TOKENS, PROMPT_TOKENS
 
 LEAST, MOST = 3, 9
 """Rounds."""
-BUDGET_SECONDS = 20.0
+BUDGET_SECONDS = 12.0
 """After which no round begins, once there are LEAST."""
 SLOW_SECONDS = 4.0
 """A side that would decode longer than this decodes a quarter of the tokens."""

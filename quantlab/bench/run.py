@@ -129,7 +129,7 @@ def measure_model(spec: BenchSpec, name: str, document: dict[str, Any], say: Say
             rates = contest.take_turns(sides, tokens, spec.parts, spec.quick)
         for row in BLOCKWISE:
             beside = None if row.peer is None else ("llama.cpp", title_of(row.peer))
-            note(document, rates, row, label, count, beside, "bf16")
+            note(document, rates, row, label, count, beside, "bf16", say)
     del ours
     gc.collect()
     other = [("bf16", PLAIN, plain), *open_packed(spec, name, (W8A8,), facts)]
@@ -139,8 +139,26 @@ def measure_model(spec: BenchSpec, name: str, document: dict[str, Any], say: Say
         sides = [here(side, decoder, count) for side, _, decoder in other]
         sides += [here(title, session, count) for title, session in models.items()]
         rates = contest.take_turns(sides, tokens, spec.parts, spec.quick)
-        note(document, rates, PLAIN, label, count, ("transformers", "transformers bfloat16"), None)
-        note(document, rates, W8A8, label, count, ("transformers", "transformers float32"), "bf16")
+        note(
+            document,
+            rates,
+            PLAIN,
+            label,
+            count,
+            ("transformers", "transformers bfloat16"),
+            None,
+            say,
+        )
+        note(
+            document,
+            rates,
+            W8A8,
+            label,
+            count,
+            ("transformers", "transformers float32"),
+            "bf16",
+            say,
+        )
 
 
 def note(
@@ -151,14 +169,17 @@ def note(
     threads: int,
     beside: tuple[str, str] | None,
     plain: str | None,
+    say: Say,
 ) -> None:
-    """Enter a row's figures under its key."""
+    """Enter a row's figures under its key, and say them: a run that is cut short told something."""
     for part in ("decode", "prefill"):
         if (part, row.name) in rates:
             aim = goal(part, row.name, label)
-            document[part][f"{row.name}/{label}/{threads}"] = contest.compared(
-                rates, part, row.name, beside, plain, aim
-            )
+            key = f"{row.name}/{label}/{threads}"
+            entry = contest.compared(rates, part, row.name, beside, plain, aim)
+            document[part][key] = entry
+            ratio = f", {entry['ratio']:.2f} times {entry['peer']}" if "ratio" in entry else ""
+            say(f"    {part} {key}: {entry['quantlab']:.1f} tokens/s{ratio}")
 
 
 def open_plain(spec: BenchSpec, name: str, facts: dict[str, Any]) -> tuple[Decoder, contest.Tokens]:
