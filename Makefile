@@ -15,7 +15,7 @@ ENVIRONMENT = $(if $(PYTHON),,$(error QuantLab needs Python 3.11 or newer; none 
 # One thread a test process: two of them share the machine, and results stay the same everywhere.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test lint format check docs clean help peers bench-quantize
+.PHONY: demo test lint format check docs clean help peers bench bench-quantize
 
 help:
 	@echo 'make demo    start the page (PORT=7861 takes that port, else the first free one from 7860)'
@@ -24,6 +24,7 @@ help:
 	@echo 'make check   lint, then test: what CI runs'
 	@echo 'make format  put the formatting right'
 	@echo 'make peers   the environments of the peers that QuantLab is compared with (3 GB)'
+	@echo 'make bench   speed beside llama.cpp, transformers and the machine (ARGS="--only gemv")'
 	@echo 'make bench-quantize  seconds to quantize, against the peers (ARGS="--only gptq")'
 	@echo 'make docs    write the generated parts of README.md'
 	@echo 'make clean   remove caches; .venv and results stay'
@@ -57,6 +58,11 @@ docs:
 
 peers:
 	@$(if $(PYTHON),$(PYTHON),python3) scripts/peers.py $(ARGS)
+
+# Ten minutes, on a machine that has nothing else to do.
+bench:
+	$(ENVIRONMENT) product
+	@$(BIN)/python -m quantlab bench --against llama.cpp $(ARGS)
 
 # Runs without the peers too: their rows then say how to get them.
 bench-quantize:

@@ -23,6 +23,24 @@ from quantlab.engine import Choose, greedy
 from quantlab.errors import MethodError, ModelError
 from quantlab.metrics.memory import peak_rss_bytes
 
+BUILD_SECONDS = 60
+"""The library loads in less than one."""
+
+
+def build_info() -> str:
+    """llama-cpp-python's version and the instruction sets of its build, asked in another process.
+
+    Raises: OSError, subprocess.SubprocessError where it does not load."""
+    done = subprocess.run(
+        [sys.executable, "-m", "quantlab.llamacpp_process", "info"],
+        cwd=Path(quantlab.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=BUILD_SECONDS,
+        check=True,
+    )
+    return done.stdout.strip().splitlines()[-1]
+
 
 class LlamaCpp:
     """A GGUF file in llama.cpp: logits of whole windows, and decoding token by token.
@@ -92,6 +110,13 @@ class LlamaCpp:
     def step(self, token: int) -> int:
         """Read one more token; the id of the next one."""
         return self._read([token], False)
+
+    def timed(self, ids: Sequence[int], tokens: int) -> tuple[float, float]:
+        """Seconds to read a prompt, its next token included, and for `tokens` greedy ones after it,
+        by the clock of llama.cpp's process."""
+        self._ask({"op": "time", "ids": list(ids), "tokens": tokens})
+        answer = self._answer()
+        return float(answer["prompt"]), float(answer["decode"])
 
     def _read(self, ids: list[int], reset: bool) -> int:
         sampled = self.choose is not greedy

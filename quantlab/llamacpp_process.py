@@ -1,11 +1,13 @@
 """llama.cpp in a process of its own.
 
     python -m quantlab.llamacpp_process FILE THREADS CONTEXT EVERY
+    python -m quantlab.llamacpp_process info            # prints `system_info()`
 
 Requests come as JSON lines on standard input, answers go to standard output: a JSON line, and where
 it names `bytes` that many raw bytes of float32 logits after it. Ends when its input ends.
 
     {"op": "window", "ids": […]}                    -> one answer for each batch of positions
+    {"op": "time", "ids": […], "tokens": n}         -> {"prompt": seconds, "decode": seconds}
     {"op": "read", "ids": […], "reset": bool, "logits": bool}    -> {"token": id} or the logits
 
 Why a process: a crash in native code (seen: an illegal instruction) then costs one variant and not
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -49,17 +52,30 @@ class Server:
                 self.tell({"start": start, "rows": stop - start}, self.llama.scores[start:stop])
             self.tell({"done": True})
             return
-        import llama_cpp
-
+        if request["op"] == "time":
+            self.llama.reset()
+            began = time.perf_counter()
+            token = int(self.read(ids).argmax())
+            first = time.perf_counter()
+            for _ in range(request["tokens"]):
+                token = int(self.read([token]).argmax())
+            self.tell({"prompt": first - began, "decode": time.perf_counter() - first})
+            return
         if request["reset"]:
             self.llama.reset()
-        self.llama.eval(ids)
-        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
-        logits = np.ctypeslib.as_array(pointer, shape=(self.llama.n_vocab(),))
+        logits = self.read(ids)
         if request["logits"]:
             self.tell({"rows": 1}, logits)
         else:
             self.tell({"token": int(logits.argmax())})
+
+    def read(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """Read tokens after those read so far; float32 logits [vocabulary] after the last."""
+        import llama_cpp
+
+        self.llama.eval(ids)
+        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.llama.n_vocab(),))
 
 
 def system_info() -> str:
@@ -73,6 +89,9 @@ def system_info() -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments == ["info"]:
+        print(system_info())
+        return 0
     path, threads, context, every = arguments
     # llama.cpp prints to file descriptor 1 now and then; answers go to a private copy of it.
     output = os.fdopen(os.dup(1), "wb")

@@ -64,7 +64,7 @@ variants < interleave < pipeline
 answers < interleave
 metrics < plots
 store < report
-pipeline < cli
+pipeline < bench < cli
 report < cli
 """
 """`a < b`: a must not import b. Rooms that no chain orders may use each other in one direction."""

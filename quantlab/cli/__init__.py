@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from quantlab.cli.bench import bench
 from quantlab.cli.compare import compare
 from quantlab.cli.evaluate import evaluate
 from quantlab.cli.generate import generate
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 COMMANDS = {
     function.__name__: function
-    for function in (models, methods, compare, quantize, evaluate, generate)
+    for function in (models, methods, compare, quantize, evaluate, generate, bench)
 }
 for _name, _function in COMMANDS.items():
     app.command(_name)(_function)
