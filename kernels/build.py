@@ -1,8 +1,8 @@
 """Compiles `cpu/*.cpp` for this machine, the first time it is wanted, and keeps the result.
 
 One library a *level*, the instruction sets it may use; the best that the CPU has is taken. What was
-built lies in the user's cache folder under a name made from the sources, the flags and the compiler,
-so a change of any of them builds anew. Without a compiler, or where it fails, `library` raises
+built lies in the user's cache folder under a name made from the sources, the flags and the
+compiler, so a change of any of them builds anew. Without a compiler, or where it fails, `library` raises
 `BuildError` with the reason, and everything runs on the other kernels and the reference.
 
 Environment: QUANTLAB_NATIVE=off (or a level) chooses, QUANTLAB_KERNEL_CACHE names the folder, CXX
@@ -46,7 +46,7 @@ class Level:
     flags: tuple[str, ...]
 
 
-_AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")) + ("-mfma", "-mf16c")
+_AVX512 = (*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")), "-mfma", "-mf16c")
 _AMX = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 LEVELS = (
     Level("amx", 4, "AMX", (*_AVX512, *_AMX)),

@@ -138,9 +138,10 @@ class Matrix:
         cls, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int
     ) -> Matrix:
         """w = (code - zero) * scale. codes: uint8 [rows, columns]; scales, zeros: float32 [rows or
-        1, groups]. Zero-points that are no whole numbers from 0 to 255 become offsets -zero * scale.
+        1, groups]. Zero-points that are no whole numbers from 0 to 255 become offsets: -zero *
+        scale.
         """
-        rows, columns = codes.shape
+        rows = codes.shape[0]
         scales, zeros = (t.float().expand(rows, -1) for t in (scales, zeros))
         whole = bool(((zeros >= 0) & (zeros <= 255) & (zeros == zeros.round())).all())
         if not whole:
@@ -174,7 +175,9 @@ class Matrix:
         """bfloat16 weights as they are; weight: any float [rows, columns]."""
         rows, columns = weight.shape
         source = weight.detach().to(torch.bfloat16).contiguous()
-        codes = torch.empty(-(-rows // LANES) * LANES, padded_columns(columns), dtype=torch.bfloat16)
+        codes = torch.empty(
+            -(-rows // LANES) * LANES, padded_columns(columns), dtype=torch.bfloat16
+        )
         native()("ql_pack_bf16", source, rows, columns, codes)
         return cls(rows, columns, 16, {"codes": codes})
 
@@ -184,9 +187,7 @@ class Matrix:
     ) -> Matrix:
         rows, columns = codes.shape
         blocks = -(-rows // LANES)
-        planes = torch.empty(
-            blocks, padded_columns(columns) // 8 * bits * LANES, dtype=torch.uint8
-        )
+        planes = torch.empty(blocks, padded_columns(columns) // 8 * bits * LANES, dtype=torch.uint8)
         native()("ql_pack", codes.contiguous(), rows, columns, bits, planes)
         scales = scales.float().expand(rows, -1)
         half = scales.half()

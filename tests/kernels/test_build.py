@@ -69,7 +69,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, compiles: str) -> Com
 
 
 def assert_falls_back(reason: str) -> None:
-    """The library gives `reason`; so do the kernels, and others or the reference take their place."""
+    """The library and the kernels give `reason`; others or the reference take their place."""
     with pytest.raises(BuildError, match=re.escape(reason)):
         native.native()
     choice, kernel = dispatch.choose(INT3)
@@ -171,17 +171,13 @@ def test_switched_off_and_nonsense(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert not cache.exists()
 
 
-def test_an_unwritable_cache(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, 'echo > "$out"')
     cache.write_text("a file where the folder should be")
     assert_falls_back("the kernels cannot be written")
 
 
-def test_a_process_that_may_not_use_the_level(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_may_not_use_the_level(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Refused:
         def ql_init(self) -> int:
             return 1
