@@ -40,6 +40,7 @@ class NativeDecoder:
         self._records = records
         self.capacity = records.capacity
         self.vocabulary = module.get_output_embeddings().weight.shape[0]
+        self.embedded = module.get_input_embeddings().weight.shape[0]
         self.context = context_length(module)
         layers = [records.layer(b, i) for i, b in enumerate(module.base_model.layers)]
         embedding, head = self._outer(module)
@@ -66,7 +67,13 @@ class NativeDecoder:
 
     def read(self, ids: Sequence[int], first: int, *, every: bool = False) -> tuple[int, Tensor]:
         """Read tokens after the `first` that were read; (likeliest next token, float32 logits [1 or
-        tokens, vocabulary]). Raises: ConfigError where the cache has no room."""
+        tokens, vocabulary]). Raises: ConfigError where the cache has no room, for no tokens, and for
+        tokens that the embedding does not have."""
+        if not len(ids):
+            raise ConfigError("there are no tokens to read")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.embedded:
+                raise ConfigError(f"token {token}: this model has 0 to {self.embedded - 1}")
         if first + len(ids) > self.capacity:
             raise ConfigError(f"{first + len(ids)} tokens do not fit a cache of {self.capacity}")
         tokens = torch.tensor(ids, dtype=torch.int32)

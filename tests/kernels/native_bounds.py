@@ -1,13 +1,13 @@
-"""Random weights for the native kernels, their exact products, and how far float32 may be from them.
+"""Random weights for the native kernels, their exact products, and how far float32 may be off.
 
 With u = 2^-24, a sum of n float32 products in any order is off by at most
 
     n u / (1 - n u) * sum |w| |x|                  (Higham 2002, section 3.1)
 
-The kernels sum s (sum v x - z sum x), so |w| stands for s |v| + s |z| here: what cancels counts. Rows
-on AMX tiles see x rounded to bfloat16 (8 significant bits): 2^-8 of every term; exact mode keeps two
-such parts, 2^-16; a table's values are cut into two as well (the second one truncated, 2^-15) and the
-product of both second parts is left out (2^-16).
+The kernels sum s (sum v x - z sum x), so |w| stands for s |v| + s |z| here: what cancels counts.
+Rows on AMX tiles see x rounded to bfloat16 (8 significant bits): 2^-8 of every term; exact mode
+keeps two such parts, 2^-16; a table's values are cut into two as well (the second one truncated,
+2^-15) and the product of both second parts is left out (2^-16).
 
 int8 modes round x as `kernels.reference` does in float32, to the same codes: division and rounding to
 even are the same everywhere. Then products are whole numbers, and what is rounded are the sums over

@@ -69,7 +69,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, compiles: str) -> Com
 
 
 def assert_falls_back(reason: str) -> None:
-    """The library gives `reason`; so do the kernels, and others or the reference take their place."""
+    """The library and the kernels give `reason`; others or the reference take their place."""
     with pytest.raises(BuildError, match=re.escape(reason)):
         native.native()
     choice, kernel = dispatch.choose(INT3)
