@@ -67,8 +67,8 @@ class NativeDecoder:
 
     def read(self, ids: Sequence[int], first: int, *, every: bool = False) -> tuple[int, Tensor]:
         """Read tokens after the `first` that were read; (likeliest next token, float32 logits [1 or
-        tokens, vocabulary]). Raises: ConfigError where the cache has no room, for no tokens, and for
-        tokens that the embedding does not have."""
+        tokens, vocabulary]). Raises: ConfigError where the cache has no room, for no tokens, and
+        for tokens that the embedding does not have."""
         if not len(ids):
             raise ConfigError("there are no tokens to read")
         for token in (min(ids), max(ids)):

@@ -30,7 +30,8 @@ from quantlab.environment import machine
 from quantlab.errors import ConfigError
 from quantlab.metrics.speed import CONTEXT_TOKENS, PROMPT_TOKENS, Decoder
 from quantlab.models import LoadedModel, locate
-from quantlab.native_decoder import NativeDecoder, NativeSession, refusal
+from quantlab.native_decoder import NativeDecoder, NativeSession
+from quantlab.native_records import refusal
 
 Say = Callable[[str], None]
 """Told what is measured now."""

@@ -9,8 +9,8 @@ Rows on AMX tiles see x rounded to bfloat16 (8 significant bits): 2^-8 of every 
 keeps two such parts, 2^-16; a table's values are cut into two as well (the second one truncated,
 2^-15) and the product of both second parts is left out (2^-16).
 
-int8 modes round x as `kernels.reference` does in float32, to the same codes: division and rounding to
-even are the same everywhere. Then products are whole numbers, and what is rounded are the sums over
+int8 modes round x as `kernels.reference` does in float32, to the same codes: division and rounding
+to even are the same everywhere. Then products are whole numbers, and what is rounded are the sums over
 blocks of 32 columns (or pieces of 4, where groups are smaller) and groups.
 """
 
