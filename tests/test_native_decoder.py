@@ -39,14 +39,8 @@ from quantlab.errors import ConfigError
 from quantlab.layers import QuantEmbedding, QuantLinear, replace_linear
 from quantlab.methods.w8a8 import pack_int8
 from quantlab.models import load
-from quantlab.native_decoder import (
-    CHUNK,
-    FAMILIES,
-    NativeDecoder,
-    NativeSession,
-    linears_of,
-    refusal,
-)
+from quantlab.native_decoder import CHUNK, NativeDecoder, NativeSession
+from quantlab.native_records import FAMILIES, linears_of, refusal
 from quantlab.outer import round_outer
 from quantlab.packing import Activation
 from tests import tiny

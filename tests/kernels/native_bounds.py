@@ -10,8 +10,8 @@ keeps two such parts, 2^-16; a table's values are cut into two as well (the seco
 2^-15) and the product of both second parts is left out (2^-16).
 
 int8 modes round x as `kernels.reference` does in float32, to the same codes: division and rounding
-to even are the same everywhere. Then products are whole numbers, and what is rounded are the sums over
-blocks of 32 columns (or pieces of 4, where groups are smaller) and groups.
+to even are the same everywhere. Then products are whole numbers, and what is rounded are the sums
+over blocks of 32 columns (or pieces of 4, where groups are smaller) and groups.
 """
 
 from __future__ import annotations

@@ -243,7 +243,9 @@ def test_the_level_that_was_asked_for_runs(level: str) -> None:
     assert native.native().library.ql_level() == native.native().level.number
 
 
-@pytest.mark.parametrize("kernel", [native_linear.WEIGHT_ONLY, native_linear.W8A8], ids=str)
+@pytest.mark.parametrize(
+    "kernel", [native_linear.WEIGHT_ONLY, native_linear.W8A8], ids=["w", "w8a8"]
+)
 def test_the_kernels_are_chosen_and_pass_their_probe(level: str, kernel: object) -> None:
     dispatch.probe.cache_clear()
     kind = None if kernel is native_linear.WEIGHT_ONLY else "dynamic_tensor"
