@@ -27,7 +27,7 @@ NATIVE = "QuantLab native"
 def compiled() -> None:
     """A benchmark of compiled kernels needs a compiler."""
     try:
-        build.library()
+        build.library(build.chosen())
     except build.BuildError as error:
         pytest.skip(str(error))
 
@@ -94,7 +94,7 @@ def test_a_tiny_model_without_llamacpp(
             assert document[long][key] == entry["fraction"] > 0
             assert entry["machine"] > 0
     environment = document["environment"]
-    assert environment["native"] == build.library()[1].label
+    assert environment["native"] == build.chosen().label
     assert environment["llama.cpp"] is None
     assert environment["threads"] == [1]
     printed = capsys.readouterr()

@@ -11,7 +11,7 @@ from kernels import build, native, native_probe
 @pytest.fixture(autouse=True)
 def compiled() -> None:
     try:
-        build.library()
+        build.library(build.chosen())
     except build.BuildError as error:
         pytest.skip(str(error))
 
