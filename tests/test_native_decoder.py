@@ -325,24 +325,20 @@ def test_a_rounded_tied_head(bits: int) -> None:
 
 
 def test_8_bit_inputs() -> None:
-    """A code next to a tie may round the other way, and then moves its row by a step: no bound of
-    first order. The drawn errors are the largest there can be, so they flip more codes than the
-    kernels do; and still far less than inputs that are not rounded at all would differ."""
-    module = quantized(bfloat16_model("llama", seed=7, num_hidden_layers=1), "w8a8")
+    """A code next to a tie may round the other way and then moves its row by a step: no bound of
+    first order (the kernels' own tests have one). But that is rare. Inputs that were not rounded at
+    all would be as far off as rounding changes the logits, other steps sqrt(2) times as far."""
+    module = quantized(bfloat16_model("llama", seed=7), "w8a8")
     ids = tiny.token_ids(1, LENGTH, 1)[0]
     wide = in_float64(module)
     want = tiny.logits(wide, ids[None])[0]
-    with rounding_errors(wide, 0.0):
-        draws = torch.stack([tiny.logits(wide, ids[None])[0] - want for _ in range(8)])
-    bound = 2 * draws.square().mean().sqrt()
     for child in wide.modules():
         if isinstance(child, RoundedInput):
             child.__class__ = nn.Linear
-    assert bound < (tiny.logits(wide, ids[None])[0] - want).square().mean().sqrt() / 2
+    effect = (tiny.logits(wide, ids[None])[0] - want).square().mean().sqrt()
     for parts in PARTS[:2]:
-        decoder = NativeDecoder(module, LENGTH)
-        found = read_in_parts(decoder, ids, parts, every=True)
-        assert (found - want).square().mean().sqrt() < bound
+        found = read_in_parts(NativeDecoder(module, LENGTH), ids, parts, every=True)
+        assert (found - want).square().mean().sqrt() < effect / 2
 
 
 def test_int8_blocks_are_near_and_not_exact() -> None:
