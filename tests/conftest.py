@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import build
+from kernels import build, dispatch
 
 KERNELS = Path(__file__).resolve().parents[1] / "build" / "kernels"
 os.environ.setdefault("QUANTLAB_KERNEL_CACHE", str(KERNELS))
@@ -22,6 +22,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     monkeypatch.setenv("QUANTLAB_HOME", str(folder))
     return folder
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that remain where nothing could be compiled."""
+    kept = tuple(k for k in dispatch.KERNELS if not k.name.startswith("QuantLab native"))
+    monkeypatch.setattr(dispatch, "KERNELS", kept)
 
 
 @pytest.fixture

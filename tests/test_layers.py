@@ -143,6 +143,7 @@ def test_output_is_what_the_weight_means(name: str, m: int, with_bias: bool) -> 
     assert close(y, want, size)
 
 
+@pytest.mark.usefixtures("without_native")
 @needs_kernels
 @by_weight
 def test_it_says_which_kernel_runs_and_why(name: str) -> None:
@@ -323,6 +324,7 @@ def test_rows_of_a_grid_a_tensor() -> None:
     assert torch.equal(dequantize_rows(weight, 2, 5), weight.dequantize()[2:5])
 
 
+@pytest.mark.usefixtures("without_native")
 def test_simulated_tiles_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a tile of a simulated weight exists at a time."""
     rows: list[int] = []
@@ -423,6 +425,7 @@ def test_logits_of_a_model(pack: Callable[[Tensor], PackedWeight], length: int) 
     assert not torch.equal(dense, original)
 
 
+@pytest.mark.usefixtures("without_native")
 @needs_kernels
 def test_kernel_report() -> None:
     model = tiny_llama()

@@ -11,6 +11,8 @@ import torch
 from kernels import dispatch, torch_int4, torch_int8, torch_outlier, torch_w8a8
 from kernels.base import Kernel, Operands, Prepared, Problem
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 INT4 = Problem(64, 128, 4, 64, False, None, "cpu", torch.bfloat16)
 INT8 = Problem(64, 128, 8, 128, True, "token", "cpu", torch.bfloat16)
 

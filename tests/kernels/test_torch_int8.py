@@ -8,6 +8,8 @@ import torch
 from kernels import dispatch, torch_int8
 from kernels.base import Operands, Problem
 
+pytestmark = pytest.mark.usefixtures("without_native")
+
 
 @pytest.mark.parametrize("shape", [(64, 64), (50, 72), (7, 33), (130, 576), (1, 1)])
 @pytest.mark.parametrize("tokens", [1, 3, torch_int8.UNPACK_FROM, 40])
