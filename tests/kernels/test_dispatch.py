@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels import dispatch, torch_int4, torch_int8, torch_outlier, torch_w8a8
+from kernels import dispatch, torch_int4, torch_outlier, torch_w8a8
 from kernels.base import Kernel, Operands, Prepared, Problem
 
 pytestmark = pytest.mark.usefixtures("without_native")
@@ -148,11 +148,9 @@ def test_operands_are_not_unpacked_for_the_reference() -> None:
 )
 def test_a_wrong_product_fails_the_probe(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that compares nothing would let a saturating or missing op through."""
-    modules = (torch_int4, torch_int8, torch_w8a8, torch_outlier)
-    module = next(module for module in modules if module.KERNEL is kernel)
     layer = kernel.prepare
     assert isinstance(layer, type)
     right = layer.__call__  # type: ignore[operator]
     monkeypatch.setattr(layer, "__call__", lambda self, x: right(self, x) * 1.01)
-    with pytest.raises(RuntimeError, match="product"):
-        module.probe()
+    with pytest.raises(RuntimeError, match=r"product|multiply"):
+        kernel.probe()
