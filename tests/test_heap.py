@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -26,6 +29,13 @@ def resident_after_freeing() -> int:
 
 @pytest.mark.skipif(heap._gnu_libc() is None, reason="only the GNU C library has mallopt")
 def test_memory_is_kept_inside_and_handed_back_after() -> None:
+    """In a process of its own: what other tests freed before would serve the block as well."""
+    code = "from tests.test_heap import check_in_a_fresh_process as check; check()"
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)
+
+
+def check_in_a_fresh_process() -> None:
     before = resident_after_freeing()
     with heap.kept_memory():
         inside = resident_after_freeing()

@@ -149,7 +149,7 @@ def test_a_run_can_be_asked_more_and_streams(tab: Tab, app: App, finished: str) 
     expect(tab.find("#ask-message")).to_contain_text("Type a prompt first")
     hostile = "<img src=x onerror=\"document.title='gone'\"><script>document.title='gone'</script>"
     tab.find("#ask-prompt textarea").fill(f"{hostile}\nA lake is\nA sea is\nA pond is")
-    tab.number("ask-tokens", 60)
+    tab.number("ask-tokens", 200)
     tab.page.evaluate(
         """() => {
             window.streamed = new Set();

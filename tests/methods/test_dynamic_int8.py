@@ -122,6 +122,7 @@ def test_the_layer_computes_the_definition(name: str, activations: str, per_chan
     assert float((got.double() - want).abs().max()) <= 1.01 * slack + 1e-9
 
 
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="integer kernel needs VNNI")
 def test_integer_products_run_it() -> None:
     for activations in ("tensor", "token"):

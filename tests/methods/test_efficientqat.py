@@ -63,7 +63,9 @@ def output_error(
         )  # fmt: skip
         freeze_block(block, linears)
     else:
-        config = configure(parse_variant(f"{method}:{bits}"), group)
+        # In the first block there is no earlier error for GPTAQ to answer for.
+        plain = ":gptaq=never" if method == "gptq" else ""
+        config = configure(parse_variant(f"{method}:{bits}{plain}"), group)
         weights = METHODS[method].quantize_block(block, stats, config)
         for path, weight in weights.items():
             block.linears[path].weight.copy_(weight.dequantize())

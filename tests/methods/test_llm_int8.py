@@ -212,6 +212,7 @@ def test_the_threshold_reaches_the_layers() -> None:
 
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the kernel wants VNNI")
+@pytest.mark.usefixtures("without_native")
 def test_it_runs_packed() -> None:
     model = tiny()
     block = block_of(model)
