@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.build import BuildError
 from kernels.native_linear import NativeLinear
-from quantlab.layers import QuantLinear
+from quantlab.layers import QuantEmbedding, QuantLinear
 from quantlab.native_weights import matrix_of, native_form
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -53,6 +53,9 @@ def refusal(module: Any) -> str | None:
             form = native_form(linear.weight_packed)
             if form is not None:
                 return form
+    embedding = module.get_input_embeddings()
+    if isinstance(embedding, QuantEmbedding):
+        return native_form(embedding.weight_packed)
     return None
 
 

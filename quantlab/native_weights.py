@@ -12,7 +12,14 @@ from quantlab.packing import AffineWeight, CodebookWeight, GGMLWeight, OutlierWe
 
 def native_form(weight: PackedWeight) -> str | None:
     """Why this weight has no native form, None where it has."""
-    if isinstance(weight, (AffineWeight, OutlierWeight)):
+    if isinstance(weight, OutlierWeight):
+        return None
+    if isinstance(weight, AffineWeight):
+        rows_share = weight.group_size >= weight.columns
+        if not rows_share and weight.group_size % 4:
+            return f"no native layout for groups of {weight.group_size}: no multiple of 4"
+        if weight.activation and not (weight.bits == 8 and weight.symmetric and rows_share):
+            return "no native layout for 8-bit inputs but with symmetric 8-bit rows"
         return None
     if isinstance(weight, CodebookWeight):
         if weight.columns % weight.block_size:
