@@ -1,8 +1,8 @@
 """Linear layers by QuantLab's own C++ (`cpu/`): grids of 2 to 8 bits in groups, and W8A8.
 
-Inputs of weight-only layers stay exact: float32 on vectors, and on AMX tiles two bfloat16 parts
-that keep 16 bits of the fraction. 8-bit inputs are rounded as `reference` does it, and their
-products are whole numbers.
+Inputs of weight-only layers keep 16 bits ("exact"): on vectors two bytes beside a step for 32
+columns, on AMX tiles two bfloat16 parts. 8-bit inputs are rounded as `reference` does it. Products
+with bytes are whole numbers.
 """
 
 from __future__ import annotations

@@ -4,6 +4,11 @@
 //
 // Steps are one a block of 32 columns ("int8 per block"), or the same for a whole row ("token",
 // "tensor"); `shift` is the zero-point of an asymmetric input, else absent.
+//
+//     exact: x[m][k] = step[m][k / 32] * (256 q[m][k] + q_low[m][k])  steps are powers of two
+//
+// Two bytes hold 15 bits and a sign below the block's largest |x|: numbers of up to 8 significant bits
+// (bfloat16) are held exactly down to 1/128 of it, whole numbers up to 16,256 always.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +19,7 @@
 namespace ql {
 
 enum Mode : int32_t {
-    EXACT = 0,         // float32, or on tiles two bfloat16 parts
+    EXACT = 0,         // two bytes a block of 32 columns; on tiles two bfloat16 parts; else float32
     INT8_BLOCK = 1,    // a step a block of 32 columns, max |x| / 127
     INT8_ROW = 2,      // a step a row, max |x| / 127
     INT8_GIVEN = 3,    // one step and zero-point for everything, known beforehand
@@ -56,8 +61,9 @@ struct Input {
     int64_t stride = 0;
     bool int8 = false;
     const int8_t* q = nullptr;     // [rows][padded]
+    const int8_t* q_low = nullptr; // [rows][padded], EXACT only
     const float* step = nullptr;   // [rows][padded / 32]
-    const float* total = nullptr;  // [rows][padded / 32]: step times the sum of q in the block
+    const float* total = nullptr;  // [rows][padded / 32]: the sum of x, as rounded, in the block
     const float* shift = nullptr;  // [rows] or null
     // In the order of AMX tiles, [rows / 16][padded / columns a tile][16 rows][64 bytes], where tiles
     // will be multiplied: x ~ high + low in bfloat16 (32 columns a tile), or q (64 columns).
@@ -65,13 +71,15 @@ struct Input {
     const int8_t* q_tiles = nullptr;
     std::vector<int> outliers;  // columns that are left out of q, for INT8_OUTLIERS
     const float* row_total = nullptr;  // [rows]: the sum of `total`, beside q_tiles
-    Buffer q_, step_, total_, shift_, padded_, high_, low_, tiles_, row_total_;
+    Buffer q_, q_low_, step_, total_, shift_, padded_, high_, low_, tiles_, row_total_;
 
     int blocks() const { return padded / CHUNK; }
 };
 
 // Round rows first to last - 1 of x to int8. `how` has no INT8_RANGE (which became INT8_GIVEN).
 void quantize(Input& in, const How& how, int first, int last);
+// The two bytes of EXACT. A block with a number that is not finite gets a step that is not either.
+void quantize_exact(Input& in, int first, int last);
 // INT8_GIVEN with the step and zero-point of the whole input.
 How range_of_all(const Input& in);
 // The columns with some |x| >= threshold.

@@ -26,13 +26,21 @@ struct Target {
     }
 };
 
+// Ask for the codes that come AHEAD bytes later, a chunk at a time. The hardware's own prefetcher runs
+// too short a way ahead of a loop that also computes: reading and computing then add up.
+constexpr int AHEAD = 6144;
+template <int BYTES>
+inline void read_ahead(const uint8_t* p) {
+    for (int at = 0; at < BYTES; at += 64) __builtin_prefetch(p + AHEAD + at, 0, 2);
+}
+
 inline F value_of(const Matrix& w, I index) {
     return w.table ? look_up(w.table, index) : to_float(index);
 }
 
-// int8 inputs. With d_b the whole-number dot product of a block of 32 columns,
+// int8 inputs, of one byte or (WIDE) two. With d_b the whole-number dot product of a block of 32 columns,
 //     y = sum_g s_g (sum_b step_b d_b - z_g sum_b total_b)
-template <int BITS, int M>
+template <int BITS, int M, bool WIDE>
 void int8_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
     const uint8_t* p = w.block(block);
     const int chunks = w.padded() / CHUNK;
@@ -45,16 +53,21 @@ void int8_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
         for (; b < stop; b++, p += CHUNK * BITS * 2) {
             U8 steps[8];
             unpack_chunk<BITS>(p, steps);
+            read_ahead<CHUNK * BITS * 2>(p);
             for (int m = 0; m < M; m++) {
-                const int8_t* q = in.q + (int64_t)(m0 + m) * in.padded + b * CHUNK;
-                I even{}, odd{};
-                for (int i = 0; i < 8; i += 2) {
-                    int32_t four[2];
-                    std::memcpy(four, q + 4 * i, 8);
-                    even = dot4(even, steps[i], four[0]);
-                    odd = dot4(odd, steps[i + 1], four[1]);
+                const int64_t at = (int64_t)(m0 + m) * in.padded + b * CHUNK;
+                I dots[2] = {};
+                for (int i = 0; i < 8; i++) {
+                    int32_t four;
+                    std::memcpy(&four, in.q + at + 4 * i, 4);
+                    dots[WIDE ? 0 : i & 1] = dot4(dots[WIDE ? 0 : i & 1], steps[i], four);
+                    if (!WIDE) continue;
+                    std::memcpy(&four, in.q_low + at + 4 * i, 4);
+                    dots[1] = dot4(dots[1], steps[i], four);
                 }
-                part[m] += to_float(even + odd) * in.step[(m0 + m) * blocks + b];
+                // Two bytes of 127 and codes of 255: below 2^29.
+                const I dot = (WIDE ? dots[0] * 256 : dots[0]) + dots[1];
+                part[m] += to_float(dot) * in.step[(m0 + m) * blocks + b];
                 total[m] += in.total[(m0 + m) * blocks + b];
             }
         }
@@ -100,7 +113,7 @@ F int8_small_groups(const Matrix& w, const Input& in, int block, int m) {
     return y;
 }
 
-// float32 inputs: y = sum_g s_g (sum_k v_k x_k - z_g sum_k x_k).
+// float32 inputs, which tables need: y = sum_g s_g (sum_k v_k x_k - z_g sum_k x_k).
 template <int BITS, int M>
 void exact_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
     const uint8_t* p = w.block(block);
@@ -114,6 +127,7 @@ void exact_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) 
         for (; b < stop; b++, p += CHUNK * BITS * 2) {
             U8 steps[8];
             unpack_chunk<BITS>(p, steps);
+            read_ahead<CHUNK * BITS * 2>(p);
             const float* x = in.x + m0 * in.stride + b * CHUNK;
             for (int i = 0; i < 8; i++)
                 for (int j = 0; j < 4; j++) {
@@ -157,6 +171,7 @@ void bf16_rows(const Matrix& w, const Input& in, int block, int m0, F (&y)[M]) {
     F odd_sum[M] = {};
     for (int k = 0; k < in.padded; k += 2, p += 64) {
         const I pair = load<I>(p);
+        read_ahead<64>(p);
         const F even = (F)(pair << 16), odd = (F)(pair & (int32_t)0xffff0000);
         for (int m = 0; m < M; m++) {
             y[m] += even * x[m * in.stride + k];
@@ -180,7 +195,8 @@ void some_rows(const Matrix& w, const Input& in, int block, int m0, const Target
     } else {
         with_bits(w.bits, [&](auto bits) {
             constexpr int BITS = decltype(bits)::value;
-            if (in.int8 && whole) int8_rows<BITS, M>(w, in, block, m0, y);
+            if (in.int8 && whole) int8_rows<BITS, M, false>(w, in, block, m0, y);
+            else if (in.q_low && whole && !w.table) int8_rows<BITS, M, true>(w, in, block, m0, y);
             else if (in.int8) small_groups<M>(int8_small_groups<BITS>, w, in, block, m0, y);
             else if (whole) exact_rows<BITS, M>(w, in, block, m0, y);
             else small_groups<M>(exact_small_groups<BITS>, w, in, block, m0, y);
@@ -222,7 +238,7 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, H
     in.outliers.clear();
     in.shift = nullptr;
     in.high = in.low = nullptr;
-    in.q_tiles = nullptr;
+    in.q = in.q_low = in.q_tiles = nullptr;
     const int64_t blocks = in.blocks();
     in.total = in.total_.get<float>(rows * blocks);
     if (in.int8) {
@@ -246,6 +262,14 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, H
                 std::memset(copy + m * in.padded + columns, 0, sizeof(float) * (in.padded - columns));
             }
         });
+        if (how.mode == EXACT && !(QL_LEVEL >= 4 && rows >= TILE_FROM)) {
+            in.q = in.q_.get<int8_t>((int64_t)rows * in.padded);
+            in.q_low = in.q_low_.get<int8_t>((int64_t)rows * in.padded);
+            in.step = in.step_.get<float>(rows * blocks);
+            pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
+                quantize_exact(in, (int)first, (int)last);
+            });
+        }
         if (pad) {
             in.x = copy;
             in.stride = in.padded;

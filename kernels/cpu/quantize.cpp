@@ -75,6 +75,26 @@ float peak_of(const float* x, int columns, float below) {
     return largest(top);
 }
 
+// The largest |x| of both; NaN and infinity are larger than any number when compared as bits.
+inline float largest_of(F a, F b) {
+    const I x = (I)magnitude(a), y = (I)magnitude(b), top = x > y ? x : y;
+    int32_t most = top[0];
+    for (int i = 1; i < LANES; i++) most = top[i] > most ? top[i] : most;
+    float value;
+    std::memcpy(&value, &most, 4);
+    return value;
+}
+
+// The smallest power of two that brings `peak` to 127 * 256 at most.
+inline float power_step(float peak) {
+    if (!(peak < INFINITY)) return NAN;
+    if (peak < 0x1p-100f) return 0x1p-115f;
+    int exponent;
+    std::frexp(peak, &exponent);  // peak = f 2^exponent, 1/2 <= f < 1
+    const float step = std::ldexp(1.f, exponent - 15);
+    return peak > 127 * 256 * step ? 2 * step : step;
+}
+
 }  // namespace
 
 How range_of_all(const Input& in) {
@@ -133,6 +153,31 @@ void quantize(Input& in, const How& how, int first, int last) {
             int added = 0;
             for (int i = 0; i < CHUNK; i++) added += q[b * CHUNK + i];
             total[b] = (float)added * step[b];
+        }
+    }
+}
+
+void quantize_exact(Input& in, int first, int last) {
+    const int blocks = in.blocks();
+    for (int m = first; m < last; m++) {
+        const float* x = in.x + m * in.stride;
+        int8_t* high = const_cast<int8_t*>(in.q) + (int64_t)m * in.padded;
+        int8_t* low = const_cast<int8_t*>(in.q_low) + (int64_t)m * in.padded;
+        for (int b = 0; b < blocks; b++) {
+            const F v[2] = {part(x, b * CHUNK, in.columns), part(x, b * CHUNK + LANES, in.columns)};
+            const float s = power_step(largest_of(v[0], v[1])), inverse = 1.f / s;
+            F added{};
+            for (int i = 0; i < 2; i++) {
+                const F whole = round_even(v[i] * inverse), top = round_even(whole * (1.f / 256));
+                // What is left lies in [-128, 128]; 128 itself, a tie, goes to the byte above.
+                const F over = whole - top * 256.f > splat(127.f) ? splat(1.f) : F{};
+                store_bytes(high + b * CHUNK + i * LANES, top + over);
+                store_bytes(low + b * CHUNK + i * LANES, whole - (top + over) * 256.f);
+                added += whole;
+            }
+            const int64_t at = (int64_t)m * blocks + b;
+            const_cast<float*>(in.step)[at] = s;
+            const_cast<float*>(in.total)[at] = sum(added) * s;
         }
     }
 }
