@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class Native:
         self._one_at_a_time = threading.Lock()
         self.library.ql_pool_new.restype = c_void_p
         self.library.ql_linear.argtypes = [
-            *(c_void_p, c_void_p, ctypes.c_int64),
+            *(c_void_p, c_void_p, c_int64),
             *(c_void_p,) * 4,
         ]
         self.pool = c_void_p(self.library.ql_pool_new(threads))

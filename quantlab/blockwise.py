@@ -17,7 +17,7 @@ from quantlab.layers import QuantLinear, replace_linear
 from quantlab.lockstep import advance_in_lockstep
 from quantlab.methods.base import Quantizer, Step
 from quantlab.models import Block, LoadedModel, block_list, get_block
-from quantlab.packing import PackedWeight
+from quantlab.packing import OutlierWeight, PackedWeight
 from quantlab.training.workshop import Workshop
 
 
@@ -51,9 +51,14 @@ def quantize_blocks(
             if runner is not None:
                 stats = dict(runner.collect(block, needs, advance=not method.sees_error))
             weights = method.quantize_block(block, stats, config)
+            ahead = runner if method.sees_error and index < count - 1 else None
+            if ahead is not None and only_weights(weights):
+                unpack_into(block, weights)
+                ahead.advance(block)
+                ahead = None
             install(block, weights)
-            if runner is not None and method.sees_error and index < count - 1:
-                runner.advance(block)
+            if ahead is not None:
+                ahead.advance(block)
         for path, weight in weights.items():
             packed[f"{model.family.blocks}.{index}.{path}"] = weight
     step(count, count)
@@ -76,14 +81,26 @@ def quantize_in_lockstep(
             folds=(),
         )
         weights = method.quantize_block(part, stats, config)
-        for path, weight in weights.items():
-            # Batches go on through plain linears: at thousands of tokens a call, unpacking codes
-            # every time costs more than it spares.
-            block.linears[path].weight.copy_(weight.dequantize())
+        unpack_into(block, weights)
         packed.update(weights)
 
     advance_in_lockstep(runner, block, method.needs_for(config), solve)
     return {path: packed[path] for path in block.linears}
+
+
+def only_weights(weights: Mapping[str, PackedWeight]) -> bool:
+    """Whether the block's inputs stay as they are, so that plain linears can stand in for it."""
+    return not any(
+        isinstance(weight, OutlierWeight) or getattr(weight, "activation", None)
+        for weight in weights.values()
+    )
+
+
+def unpack_into(block: Block, weights: Mapping[str, PackedWeight]) -> None:
+    """Leave the dequantized weights in the block's own linears. Calibration tokens go on through
+    those: at thousands of tokens a call, unpacking codes every time costs more than it spares."""
+    for path, weight in weights.items():
+        block.linears[path].weight.copy_(weight.dequantize())
 
 
 def install(block: Block, weights: dict[str, PackedWeight]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels import native_solve
 from quantlab.errors import MethodError
 
 LAZY_BLOCK = 128
@@ -53,6 +54,16 @@ def compensate(
     whole, errors = torch.empty_like(work), torch.empty_like(work)  # whole: code - zero
     # Errors are passed on as they are, not divided by U_jj: that is done to U's rows, once.
     pull = upper / upper.diagonal()[:, None]
+    if regrid is None and native_solve.ready(work, step):
+        turned = [None if t is None else t.t().contiguous() for t in (pull, debt)]
+        assert turned[0] is not None
+        for start in range(0, columns, LAZY_BLOCK):
+            done = slice(start, min(start + LAZY_BLOCK, columns))
+            native_solve.compensate(
+                *(work, step, bottom, 2**bits - 1, whole, errors, turned[0], turned[1], done)
+            )
+            pass_on(work, pull, errors, debt, done, slice(done.stop, columns))
+        return _in_place(order, whole, bottom, work, scale, zero)
     lines = zip(*(t.unbind() for t in (work, step, bottom, top, whole, errors)), strict=True)
     for start in range(0, columns, LAZY_BLOCK):
         stop = min(start + LAZY_BLOCK, columns)
@@ -80,6 +91,13 @@ def compensate(
                     rest.addr_(debt[j, j + 1 : last], value)
             pass_on(work, pull, errors, debt, slice(first, last), slice(last, stop))
         pass_on(work, pull, errors, debt, slice(start, stop), slice(stop, columns))
+    return _in_place(order, whole, bottom, work, scale, zero)
+
+
+def _in_place(
+    order: Tensor, whole: Tensor, bottom: Tensor, work: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `compensate` returns, its columns back in their places."""
     back = torch.argsort(order)
     codes = whole.sub_(bottom)[back].t().contiguous()
     return codes, scale, zero, work[back].t().contiguous()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels import native_solve
 from quantlab.errors import ConfigError
 
 SHRINK = torch.linspace(1.0, 0.5, 41)
@@ -129,6 +130,16 @@ def _clipped(
     """
     rows, groups, size = values.shape
     scale, zero = values.new_empty(groups, rows), values.new_empty(groups, rows)
+    if native_solve.ready(values, blocks):
+        matrix = None if blocks is None else blocks.contiguous()
+        for r in range(0, rows, PART_ROWS):
+            part = values[r : r + PART_ROWS].contiguous()
+            lows, highs = part.amin(2).t(), part.amax(2).t()
+            tries = _tries(lows, highs, bits, symmetric, dtype)
+            losses = native_solve.grid_losses(part, matrix, *tries, 2**bits - 1)
+            s, z = _best(*tries, losses)
+            scale[:, r : r + PART_ROWS], zero[:, r : r + PART_ROWS] = s, z
+        return scale.t().contiguous(), zero.t().contiguous()
     high = max(min(rows, PART_ROWS, CACHED // size), 1)
     count = max(CACHED // (size * high), 1)
     for g in range(0, groups, count):
@@ -145,9 +156,7 @@ def _clipped_part(
     values: Tensor, blocks: Tensor | None, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The best candidates of values [groups, size, rows]: scale and zero, both [groups, rows]."""
-    fractions = SHRINK[:, None, None]
-    low, high = values.amin(1) * fractions, values.amax(1) * fractions
-    scale, zero = _rounded(*range_to_grid(low, high, bits, symmetric), dtype)
+    scale, zero = _tries(values.amin(1), values.amax(1), bits, symmetric, dtype)
     # Zeros are whole numbers, so that clamp(round + zero) - zero is this clamp, exactly.
     bottom, top = -zero, 2**bits - 1 - zero
     negative, error, product = -values, torch.empty_like(values), torch.empty_like(values)
@@ -163,7 +172,22 @@ def _clipped_part(
         else:
             torch.bmm(blocks, error, out=product)
         torch.sum(product.mul_(error), 1, out=loss[one])
-    # Of equals the first, which is the widest range; one that is not a number is never best.
+    return _best(scale, zero, loss)
+
+
+def _tries(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero) [tries, groups, rows] of the ranges low to high [groups, rows], shrunk."""
+    fractions = SHRINK[:, None, None]
+    grid = range_to_grid(low * fractions, high * fractions, bits, symmetric)
+    scale, zero = _rounded(*grid, dtype)
+    return scale.contiguous(), zero.contiguous()
+
+
+def _best(scale: Tensor, zero: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The try with the least loss, all [tries, groups, rows]. Of equals the first, which is the
+    widest range; one that is not a number is never best."""
     best = loss.nan_to_num_(nan=float("inf")).min(0, keepdim=True).indices
     return scale.gather(0, best)[0], zero.gather(0, best)[0]
 

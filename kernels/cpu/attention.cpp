@@ -39,13 +39,13 @@ void some_queries(const Attention& a, const Cache& cache, int kv_head, const flo
                 for (int l = 0; l < LANES; l++) v[l] = softcap(v[l], a.cap);
             const I outside = (position < low[n]) | (position > high[n]);
             v = outside ? splat(-INFINITY) : v;
-            top[n] = largest(top[n], v);
+            top[n] = at_least(top[n], v);
             store(scores + n * room + (b - first) * LANES, v);
         }
     }
     float inverse[N];
     for (int n = 0; n < N; n++) {
-        const F peak = splat(largest_lane(top[n]));
+        const F peak = splat(largest(top[n]));
         F total{};
         for (int b = 0; b <= last - first; b++) {
             float* at = scores + n * room + b * LANES;

@@ -286,7 +286,6 @@ void multiply_most(const Matrix& w, const Input& in, float* y, int64_t y_stride,
                    Pool& pool) {
     const Target out{y, y_stride, bias, w.rows};
 #if QL_LEVEL >= 4
-    const bool whole = w.bits == 16 || w.groups() == 1 || w.group % CHUNK == 0;
     const bool row_wise = w.bits == 8 && w.groups() == 1 && w.zero != ZERO_OFFSET;
     if (in.q_tiles && row_wise) {
         pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
@@ -294,7 +293,7 @@ void multiply_most(const Matrix& w, const Input& in, float* y, int64_t y_stride,
         });
         return;
     }
-    if (in.high && (whole || !in.low)) {
+    if (in.high) {
         pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
             tiles_bf16(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
         });

@@ -31,14 +31,6 @@ inline F exponential(F x) {
     return under ? F{} : value;
 }
 
-inline F largest(F a, F b) { return a > b ? a : b; }
-
-inline float largest_lane(F v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
-}
-
 // x / (1 + e^-x)
 inline F silu(F x) { return x / (splat(1.f) + exponential(-x)); }
 

@@ -41,9 +41,10 @@ class Pool {
     int size() const { return threads_; }
 
     // body(first, last, thread) over parts of [0, count), each of at least `grain`; returns when all
-    // are done. Called by one thread at a time.
+    // are done. Called by one thread at a time. Without `linger` the workers sleep at once afterwards,
+    // and leave the cores to whoever called.
     template <class Body>
-    void run(int64_t count, int64_t grain, Body&& body) {
+    void run(int64_t count, int64_t grain, Body&& body, bool linger = true) {
         if (count <= 0) return;
         int64_t part = (count + 4 * threads_ - 1) / (4 * threads_);
         part_ = part < grain ? grain : part;
@@ -52,6 +53,7 @@ class Pool {
             return;
         }
         count_ = count;
+        linger_ = linger;
         context_ = &body;
         call_ = [](void* context, int64_t first, int64_t last, int thread) {
             (*static_cast<std::remove_reference_t<Body>*>(context))(first, last, thread);
@@ -88,8 +90,9 @@ class Pool {
 
     void work(int thread) {
         uint64_t seen = 0;
+        bool linger = true;
         for (;;) {
-            int tries = 0;
+            int tries = linger ? 0 : SPINS + YIELDS;
             while (epoch_.load(std::memory_order_acquire) == seen) {
                 if (tries < SPINS) pause_briefly();
                 else if (tries < SPINS + YIELDS) std::this_thread::yield();
@@ -103,6 +106,7 @@ class Pool {
             }
             seen = epoch_.load(std::memory_order_acquire);
             if (stopping_) return;
+            linger = linger_;
             take_parts(thread);
             busy_.fetch_sub(1, std::memory_order_release);
         }
@@ -117,6 +121,7 @@ class Pool {
     std::atomic<int64_t> next_{0};
     bool stopping_ = false;
     int64_t count_ = 0, part_ = 1;
+    bool linger_ = true;
     void* context_ = nullptr;
     void (*call_)(void*, int64_t, int64_t, int) = nullptr;
 };

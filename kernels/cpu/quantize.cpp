@@ -5,12 +5,6 @@ namespace ql {
 
 namespace {
 
-// Round to nearest, ties to even: the sum has no bits left for a fraction.
-inline F round_even(F v) {
-    const F magic = splat(12582912.f);  // 1.5 * 2^23
-    return (v + magic) - magic;
-}
-
 inline void store_bytes(int8_t* p, F v) {
 #if QL_LEVEL >= 3
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
@@ -23,20 +17,18 @@ inline F magnitude(F v) {
     return (F)((I)v & 0x7fffffff);
 }
 
-inline F larger(F a, F b) { return a > b ? a : b; }
-
-inline float largest(F v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
-}
-
-inline F bounded(F v, float low, float high) {
-    v = v < splat(low) ? splat(low) : v;
-    return v > splat(high) ? splat(high) : v;
-}
+inline F bounded(F v, float low, float high) { return at_most(at_least(v, splat(low)), splat(high)); }
 
 inline float step_of(float peak) { return (peak < 1e-12f ? 1e-12f : peak) / 127.f; }
+
+// round(v / s), the quotient as float32 division gives it. A product with 1 / s is off by 2 units in
+// the last place at most, which only matters where it comes near a tie.
+inline F rounded_quotient(F v, float s, float inverse) {
+    const F product = v * splat(inverse), whole = round_even(product);
+    const F off = magnitude(product - whole);
+    if (largest(off) < 0.499f) return whole;
+    return round_even(v / splat(s));
+}
 
 // x[k], or 0 behind the last column.
 inline F part(const float* x, int k, int columns) {
@@ -70,7 +62,7 @@ float peak_of(const float* x, int columns, float below) {
     F top{};
     for (int k = 0; k < columns; k += LANES) {
         const F v = magnitude(part(x, k, columns));
-        top = larger(top, v < splat(below) ? v : F{});
+        top = at_least(top, v < splat(below) ? v : F{});
     }
     return largest(top);
 }
@@ -139,13 +131,16 @@ void quantize(Input& in, const How& how, int first, int last) {
             const int k = b * CHUNK;
             F low = part(x, k, in.columns), high = part(x, k + LANES, in.columns);
             float s = row_step;
-            if (how.mode == INT8_BLOCK) s = step_of(largest(larger(magnitude(low), magnitude(high))));
-            low = bounded(round_even(low / splat(s)) + splat(zero), bottom, 127.f);
-            high = bounded(round_even(high / splat(s)) + splat(zero), bottom, 127.f);
+            if (how.mode == INT8_BLOCK) s = step_of(largest(at_least(magnitude(low), magnitude(high))));
+            const float inverse = 1.f / s;
+            low = bounded(rounded_quotient(low, s, inverse) + splat(zero), bottom, 127.f);
+            high = bounded(rounded_quotient(high, s, inverse) + splat(zero), bottom, 127.f);
             store_bytes(q + k, low);
             store_bytes(q + k + LANES, high);
             step[b] = s;
+            total[b] = sum(low + high) * s;
         }
+        if (in.outliers.empty() && in.columns == in.padded) continue;
         for (int k : in.outliers) q[k] = 0;
         // Padding is code 0, also where the zero-point is another.
         std::memset(q + in.columns, 0, in.padded - in.columns);

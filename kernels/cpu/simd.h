@@ -49,10 +49,50 @@ inline F to_float(I v) {
 #endif
 }
 
+// The larger, the smaller of both lanes; the second where the first is NaN.
+inline F at_least(F v, F low) {
+#if QL_LEVEL >= 3
+    return (F)_mm512_max_ps((__m512)v, (__m512)low);
+#else
+    return v > low ? v : low;
+#endif
+}
+inline F at_most(F v, F high) {
+#if QL_LEVEL >= 3
+    return (F)_mm512_min_ps((__m512)v, (__m512)high);
+#else
+    return v < high ? v : high;
+#endif
+}
+
+// Round to nearest, ties to even; whole numbers from 2^22 on may change.
+inline F round_even(F v) {
+#if QL_LEVEL >= 3
+    return (F)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const F magic = splat(12582912.f);  // 1.5 * 2^23: the sum has no bits left for a fraction
+    return (v + magic) - magic;
+#endif
+}
+
 inline float sum(F v) {
+#if QL_LEVEL >= 3
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
     return total;
+#endif
+}
+
+inline float largest(F v) {
+#if QL_LEVEL >= 3
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float top = v[0];
+    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+#endif
 }
 
 // float16 (IEEE 754 binary16) of 16 lanes, widened exactly.

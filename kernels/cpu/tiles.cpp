@@ -37,14 +37,13 @@ inline void put_pairs(const F (&v)[2], uint16_t* high, uint16_t* low) {
         store(low, (I)_mm512_srli_epi32((__m512i)(v[0] - top[0]), 16) | ((I)(v[1] - top[1]) & upper));
 }
 
-// Sixteen rows as bfloat16 tiles [padded / 32][16 pairs of columns][16 rows][2]. Folded: the weight
-// itself, rounded. Otherwise value - z, the grid left for later: whole numbers up to 256, which
-// bfloat16 holds exactly; a table's values are split in a high and a low part.
-template <int BITS, bool FOLDED>
+// Sixteen rows as bfloat16 tiles [padded / 32][16 pairs of columns][16 rows][2]: the weight itself, and
+// with `low` what its rounding left over.
+template <int BITS>
 void unpack_block(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
     const uint8_t* p = w.block(block);
     const bool offset = w.zero == ZERO_OFFSET;
-    F s = splat(1.f), z{};
+    F s{}, z{};
     int grid = -1;
     for (int t = 0; t < w.padded() / CHUNK; t++, p += CHUNK * BITS * 2) {
         U8 steps[8];
@@ -53,16 +52,15 @@ void unpack_block(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
             const int g = std::min((t * CHUNK + 4 * i) / w.group, w.groups() - 1);
             if (g != grid) {
                 grid = g;
-                if (FOLDED) s = w.scale(block, g);
-                if (FOLDED || !offset) z = w.zero_of(block, g);
+                s = w.scale(block, g);
+                z = w.zero_of(block, g);
             }
             for (int j = 0; j < 4; j += 2) {
                 F v[2];
                 for (int e = 0; e < 2; e++) {
                     const I index = byte_of(steps[i], j + e);
                     v[e] = w.table ? look_up(w.table, index) : to_float(index);
-                    if (FOLDED) v[e] = offset ? s * v[e] + z : s * (v[e] - z);
-                    else v[e] -= z;
+                    v[e] = offset ? s * v[e] + z : s * (v[e] - z);
                 }
                 const int at = t * 512 + (2 * i + j / 2) * 32;
                 put_pairs(v, high + at, low ? low + at : nullptr);
@@ -71,109 +69,90 @@ void unpack_block(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
     }
 }
 
-void unpack(const Matrix& w, int block, bool folded, uint16_t* high, uint16_t* low) {
-    with_bits(w.bits, [&](auto bits) {
-        constexpr int BITS = decltype(bits)::value;
-        if (folded) unpack_block<BITS, true>(w, block, high, nullptr);
-        else unpack_block<BITS, false>(w, block, high, low);
-    });
+void unpack(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
+    with_bits(w.bits, [&](auto bits) { unpack_block<decltype(bits)::value>(w, block, high, low); });
 }
 
-void put(const F* total, int m0, int rows, int block, const Matrix& w, float* y, int64_t stride,
-         const float* bias) {
-    const int first = block * LANES, count = std::min(LANES, w.rows - first);
-    const __mmask16 mask = (__mmask16)((1u << count) - 1);
-    const __m512 add = bias ? _mm512_maskz_loadu_ps(mask, bias + first) : _mm512_setzero_ps();
-    for (int i = 0; i < TILE && m0 + i < rows; i++)
-        _mm512_mask_storeu_ps(y + (m0 + i) * stride + first, mask, _mm512_add_ps((__m512)total[i], add));
-}
+// Where the outputs of one or two blocks go. Large outputs pass the caches by: they would push the
+// input out of them, which is read again for every pair of blocks.
+class Target {
+  public:
+    Target(const Matrix& w, const Input& in, float* y, int64_t stride, const float* bias)
+        : rows_(w.rows), inputs_(in.rows), y_(y), stride_(stride), bias_(bias) {
+        const bool aligned = (uintptr_t)y % 64 == 0 && stride % LANES == 0;
+        stream_ = aligned && (int64_t)in.rows * stride * 4 > LARGE;
+    }
+    ~Target() { _mm_sfence(); }
+
+    // line(part, row) is what comes for row `row` of the input and block n + part.
+    template <class Line>
+    void put(int m_tile, int height, int n, int width, Line&& line) const {
+        const int first = m_tile * TILE, last = std::min(inputs_, first + height * TILE);
+        for (int part = 0; part < width; part++) {
+            const int at = (n + part) * LANES, count = std::min(LANES, rows_ - at);
+            const __mmask16 mask = (__mmask16)((1u << count) - 1);
+            const __m512 add = bias_ ? _mm512_maskz_loadu_ps(mask, bias_ + at) : _mm512_setzero_ps();
+            for (int m = first; m < last; m++) {
+                const __m512 v = _mm512_add_ps((__m512)line(part, m), add);
+                float* to = y_ + m * stride_ + at;
+                if (count < LANES) _mm512_mask_storeu_ps(to, mask, v);
+                else if (stream_) _mm512_stream_ps(to, v);
+                else _mm512_storeu_ps(to, v);
+            }
+        }
+    }
+
+  private:
+    static constexpr int64_t LARGE = 1 << 20;
+    const int rows_, inputs_;
+    float* const y_;
+    const int64_t stride_;
+    const float* const bias_;
+    bool stream_;
+};
 
 uint16_t* panel(int64_t count) {
     static thread_local Buffer kept;
     return kept.get<uint16_t>(count);
 }
 
-// One 32 x 32 piece: outputs of blocks n and n + 1 (weights high[n], low[n] as tiles) for input tiles
-// m and m + 1, of which `height` exist.
-struct Piece {
-    const Matrix& w;
-    const Input& in;
-    const uint16_t *high[2], *low[2];
-    int block[2];
+// The sums of a 32 x 32 piece: row i of input tile h and block e at [h][e][i * 16].
+using Sums = float[2][2][TILE * TILE];
 
-    void run(int m_tile, int height, F (&total)[4][TILE]) const {
-        const int tiles = w.padded() / CHUNK;
-        const bool plain = w.bits == 16 || !in.low;  // the grids are in the tiles already
-        const int groups = plain ? 1 : w.groups();
-        const int a_group = groups == 1 ? tiles : w.group / CHUNK;
-        const int64_t a_row = (int64_t)tiles * 512;
-        const uint16_t* a_high[2] = {in.high + m_tile * a_row, in.high + (m_tile + height - 1) * a_row};
-        const uint16_t* a_low[2] = {nullptr, nullptr};
-        if (in.low) {
-            a_low[0] = in.low + m_tile * a_row;
-            a_low[1] = in.low + (m_tile + height - 1) * a_row;
+// Products of both parts of the input and of the weight but that of both second parts.
+struct Piece {
+    const uint16_t *w_high[2], *w_low[2], *x_high[2], *x_low[2];
+
+    void run(int tiles, Sums& sums) const {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t at = 0; at < (int64_t)tiles * 512; at += 512) {
+            _tile_loadd(6, w_high[0] + at, 64);
+            _tile_loadd(7, w_high[1] + at, 64);
+            meet(x_high, at);
+            if (!x_low[0]) continue;
+            meet(x_low, at);
+            if (!w_low[0]) continue;
+            _tile_loadd(6, w_low[0] + at, 64);
+            _tile_loadd(7, w_low[1] + at, 64);
+            meet(x_high, at);
         }
-        alignas(64) float sums[4][TILE * TILE];
-        for (int g = 0, t = 0; g < groups; g++) {
-            const int start = t, stop = g + 1 == groups ? tiles : t + a_group;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (; t < stop; t++) {
-                _tile_loadd(6, high[0] + t * 512, 64);
-                _tile_loadd(7, high[1] + t * 512, 64);
-                _tile_loadd(4, a_high[0] + t * 512, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, a_high[1] + t * 512, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-                if (low[0]) {
-                    if (in.low) add_low_input(a_low, t);
-                    _tile_loadd(6, low[0] + t * 512, 64);
-                    _tile_loadd(7, low[1] + t * 512, 64);
-                    _tile_loadd(4, a_high[0] + t * 512, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_loadd(5, a_high[1] + t * 512, 64);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                } else if (in.low) {
-                    add_low_input(a_low, t);
-                }
-            }
-            _tile_stored(0, sums[0], 64);
-            _tile_stored(1, sums[1], 64);
-            _tile_stored(2, sums[2], 64);
-            _tile_stored(3, sums[3], 64);
-            for (int part = 0; part < 4; part++) {
-                const F s = plain ? splat(1.f) : w.scale(block[part & 1], g);
-                for (int i = 0; i < TILE; i++) total[part][i] += load<F>(sums[part] + i * TILE) * s;
-            }
-            if (!plain && w.zero == ZERO_OFFSET) add_offsets(m_tile, start, stop, g, total);
-        }
+        _tile_stored(0, sums[0][0], 64);
+        _tile_stored(1, sums[0][1], 64);
+        _tile_stored(2, sums[1][0], 64);
+        _tile_stored(3, sums[1][1], 64);
     }
 
-    static void add_low_input(const uint16_t* const (&a_low)[2], int t) {
-        _tile_loadd(4, a_low[0] + t * 512, 64);
+  private:
+    static void meet(const uint16_t* const (&x)[2], int64_t at) {
+        _tile_loadd(4, x[0] + at, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a_low[1] + t * 512, 64);
+        _tile_loadd(5, x[1] + at, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-    }
-
-    void add_offsets(int m_tile, int start, int stop, int g, F (&total)[4][TILE]) const {
-        for (int part = 0; part < 4; part++) {
-            const F offset = w.zero_of(block[part & 1], g);
-            const int m0 = (m_tile + (part >> 1)) * TILE;
-            for (int i = 0; i < TILE && m0 + i < in.rows; i++) {
-                float added = 0;
-                for (int b = start; b < stop; b++) added += in.total[(int64_t)(m0 + i) * in.blocks() + b];
-                total[part][i] += offset * added;
-            }
-        }
     }
 };
 
@@ -222,41 +201,44 @@ void arrange_tiles(Input& in, int mode, Pool& pool) {
     in.low = low;
 }
 
-// With x in two parts ("exact"):  y = sum_g s_g (tile products of value - z and both parts of x); the
-// groups are whole tiles of 32 columns. With one part, the weight is rounded to bfloat16 as well and
-// nothing is left to do between tiles.
+// With x in two parts ("exact") the weight is in two parts as well, unless it is bfloat16 itself.
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {
     configure();
-    const bool plain = w.bits == 16;
+    const bool plain = w.bits == 16, two = in.low != nullptr;
     const int64_t a_block = (int64_t)w.padded() * LANES;
-    uint16_t* unpacked = plain ? nullptr : panel(a_block * (w.table ? 4 : 2));
-    const int m_tiles = (in.rows + TILE - 1) / TILE;
-    const int64_t a_tile_row = (int64_t)in.padded * TILE * 2 * (in.low ? 2 : 1);
-    const int m_block = std::max<int>(2, (int)(INPUT_BYTES / a_tile_row) & ~1);
+    uint16_t* unpacked = plain ? nullptr : panel(a_block * (two ? 4 : 2));
+    const int tiles = w.padded() / CHUNK, m_tiles = (in.rows + TILE - 1) / TILE;
+    const int64_t a_row = (int64_t)in.padded * TILE;
+    const int m_block = std::max<int>(2, (int)(INPUT_BYTES / (a_row * 2 * (two ? 2 : 1))) & ~1);
+    const Target target(w, in, y, y_stride, bias);
+    alignas(64) Sums sums;
     for (int m_first = 0; m_first < m_tiles; m_first += m_block)
         for (int n = first; n < last; n += 2) {
             const int width = std::min(2, last - n);
-            Piece piece{w, in, {}, {}, {n, n + width - 1}};
+            Piece piece{};
             for (int e = 0; e < 2; e++) {
+                const int block = n + std::min(e, width - 1);
                 if (plain) {
-                    piece.high[e] = (const uint16_t*)w.block(piece.block[e]);
-                    piece.low[e] = nullptr;
+                    piece.w_high[e] = (const uint16_t*)w.block(block);
                     continue;
                 }
-                uint16_t* low = w.table && in.low ? unpacked + (2 + e) * a_block : nullptr;
-                unpack(w, piece.block[e], !in.low, unpacked + e * a_block, low);
-                piece.high[e] = unpacked + e * a_block;
-                piece.low[e] = low;
+                uint16_t *high = unpacked + e * a_block, *low = two ? high + 2 * a_block : nullptr;
+                unpack(w, block, high, low);
+                piece.w_high[e] = high;
+                piece.w_low[e] = low;
             }
             for (int m = m_first; m < std::min(m_first + m_block, m_tiles); m += 2) {
                 const int height = std::min(2, m_tiles - m);
-                F total[4][TILE] = {};
-                piece.run(m, height, total);
-                for (int part = 0; part < 4; part++)
-                    if ((part & 1) < width && (part >> 1) < height)
-                        put(total[part], (m + (part >> 1)) * TILE, in.rows, n + (part & 1), w, y,
-                            y_stride, bias);
+                for (int h = 0; h < 2; h++) {
+                    const int64_t at = (m + std::min(h, height - 1)) * a_row;
+                    piece.x_high[h] = in.high + at;
+                    piece.x_low[h] = two ? in.low + at : nullptr;
+                }
+                piece.run(tiles, sums);
+                target.put(m, height, n, width, [&](int part, int row) {
+                    return load<F>(sums[(row / TILE) - m][part] + row % TILE * TILE);
+                });
             }
         }
     _tile_release();
@@ -267,14 +249,21 @@ void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y,
 void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {
     configure();
-    const int64_t tiles = w.padded() / 64, a_row = tiles * TILE_BYTES;
+    const int64_t a_row = w.padded() / 64 * TILE_BYTES;
     const int m_tiles = (in.rows + TILE - 1) / TILE;
     const int m_block = std::max<int>(2, (int)(INPUT_BYTES / a_row) & ~1);
-    alignas(64) int32_t sums[4][TILE * TILE];
+    const Target target(w, in, y, y_stride, bias);
+    alignas(64) int32_t sums[2][2][TILE * TILE];
     for (int m_first = 0; m_first < m_tiles; m_first += m_block)
         for (int n = first; n < last; n += 2) {
             const int width = std::min(2, last - n);
             const uint8_t *b0 = w.block(n), *b1 = w.block(n + width - 1);
+            F scale[2], zero[2], row_sum[2];
+            for (int e = 0; e < width; e++) {
+                scale[e] = w.scale(n + e, 0);
+                zero[e] = scale[e] * w.zero_of(n + e, 0);
+                row_sum[e] = scale[e] * to_float(load<I>(w.sums + (n + e) * LANES));
+            }
             for (int m = m_first; m < std::min(m_first + m_block, m_tiles); m += 2) {
                 const int height = std::min(2, m_tiles - m);
                 const int8_t *a0 = in.q_tiles + m * a_row, *a1 = a0 + (height - 1) * a_row;
@@ -292,25 +281,16 @@ void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y,
                     _tile_dpbsud(2, 5, 6);
                     _tile_dpbsud(3, 5, 7);
                 }
-                _tile_stored(0, sums[0], 64);
-                _tile_stored(1, sums[1], 64);
-                _tile_stored(2, sums[2], 64);
-                _tile_stored(3, sums[3], 64);
-                for (int part = 0; part < 4; part++) {
-                    const int block = n + (part & 1), m0 = (m + (part >> 1)) * TILE;
-                    if ((part & 1) >= width || (part >> 1) >= height) continue;
-                    const F s = w.scale(block, 0), z = w.zero_of(block, 0);
-                    const F row = s * to_float(load<I>(w.sums + block * LANES));
-                    F total[TILE] = {};
-                    for (int i = 0; i < TILE && m0 + i < in.rows; i++) {
-                        const int64_t m1 = m0 + i;
-                        const float step = in.step[m1 * in.blocks()];
-                        const F dot = to_float(load<I>(sums[part] + i * TILE));
-                        total[i] = s * (dot * step - z * in.row_total[m1]);
-                        if (in.shift) total[i] += row * (step * in.shift[m1]);
-                    }
-                    put(total, m0, in.rows, block, w, y, y_stride, bias);
-                }
+                _tile_stored(0, sums[0][0], 64);
+                _tile_stored(1, sums[0][1], 64);
+                _tile_stored(2, sums[1][0], 64);
+                _tile_stored(3, sums[1][1], 64);
+                target.put(m, height, n, width, [&](int part, int row) {
+                    const F dot = to_float(load<I>(sums[row / TILE - m][part] + row % TILE * TILE));
+                    const float step = in.step[row * (int64_t)in.blocks()];
+                    const F y = scale[part] * (dot * step) - zero[part] * in.row_total[row];
+                    return in.shift ? y + row_sum[part] * (step * in.shift[row]) : y;
+                });
             }
         }
     _tile_release();

@@ -74,6 +74,7 @@ class SmoothQuant(base.Quantizer):
     summary = "8-bit weights and activations, outliers smoothed into the weights beforehand."
     bits = (8,)
     needs = ("range", "sample")
+    sees_error = False  # As in the paper: calibrated once, on the unquantized model.
     Config = SmoothQuantConfig
 
     def activation_bits(self, config: SmoothQuantConfig) -> int:

@@ -10,6 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import native_compare, native_solve
+from quantlab.metrics.perplexity import negative_log_likelihood
+
+
+def compare_logits(
+    original: Tensor, variant: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(nats lost, KL divergence, same top-1) of every token: float64 [n] twice, bool [n].
+
+    original, variant: float32 [n, vocabulary]; targets: int64 [n]. All three in one pass where
+    there is a native library, seven times as fast.
+    """
+    if native_solve.ready(original, variant):
+        loss, kl, same = native_compare.compare_logits(original, variant, targets)
+        return loss, kl.clamp_min_(0), same
+    loss = negative_log_likelihood(variant, targets).double()
+    return loss, kl_divergence(original, variant).double(), same_top1(original, variant)
+
 
 def kl_divergence(original: Tensor, variant: Tensor) -> Tensor:
     """float32 [n] from two logits float32 [n, vocabulary]; never below zero."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import ModelError
-from quantlab.metrics.divergence import kl_divergence, same_top1
+from quantlab.metrics.divergence import compare_logits
 from quantlab.metrics.intervals import SEGMENT_TOKENS, interval
 from quantlab.metrics.perplexity import (
     negative_log_likelihood,
@@ -201,9 +201,12 @@ def _window(
             if stop <= start:
                 continue
             logits = chunk[offset : offset + stop - start]
-            losses.append(negative_log_likelihood(logits, window[start + 1 : stop + 1]).double())
-            if reference is not None:
-                original = reference.logits(index, start, stop)
-                divergences.append(kl_divergence(original, logits).double())
-                same += int(same_top1(original, logits).sum())
+            targets = window[start + 1 : stop + 1]
+            if reference is None:
+                losses.append(negative_log_likelihood(logits, targets).double())
+                continue
+            loss, kl, agreed = compare_logits(reference.logits(index, start, stop), logits, targets)
+            losses.append(loss)
+            divergences.append(kl)
+            same += int(agreed.sum())
     return torch.cat(losses), torch.cat(divergences) if divergences else torch.empty(0), same

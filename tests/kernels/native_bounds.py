@@ -5,13 +5,12 @@ With u = 2^-24, a sum of n float32 products in any order is off by at most
     n u / (1 - n u) * sum |w| |x|                  (Higham 2002, section 3.1)
 
 The kernels sum s (sum v x - z sum x), so |w| stands for s |v| + s |z| here: what cancels counts.
-Rows on AMX tiles see x rounded to bfloat16 (8 significant bits), 2^-8 of every term, and so are the
-weights, but for those that are bfloat16 already. Exact mode keeps two such parts of x, 2^-16, and
-leaves grids out of the tiles, where codes are exact; a table's values are cut into two as well (the
-second one truncated, 2^-15) and the product of both second parts is left out (2^-16). Groups that
-end inside a block of 32 columns stay in float32 there.
-Few rows in exact mode are rounded to whole multiples of a step, a power of two, in every block of 32
-columns: half a step of every |w|. A power of two that brings the largest |x| to 32,512 at most.
+Rows on AMX tiles see x rounded to bfloat16 (8 significant bits), 2^-8 of every term, and so are
+the weights, but for those that are bfloat16 already. Exact mode keeps two such parts of x, 2^-16,
+and of weights that are not bfloat16 themselves (the second one truncated, 2^-15); the product of
+both second parts is left out (2^-16).
+Few rows in exact mode are rounded to whole multiples of a step, a power of two, in every block of
+32 columns: half a step of every |w|. It brings the largest |x| to 32,512 at most.
 
 int8 modes round x as `kernels.reference` does in float32, to the same codes: division and rounding
 to even are the same everywhere. Then products are whole numbers, and what is rounded are the sums
@@ -122,9 +121,9 @@ def floats(
     if tiles and not exact:
         parts = 2.0**-8 if case.codes is None else 2 * 2.0**-8 + 2.0**-16
         bound = bound + parts * (x.abs() @ case.weight.abs().T)
-    elif tiles and case.whole_groups:
-        parts = 4 * 2.0**-16 if case.table else 2.0**-16
-        bound = bound + 1.01 * parts * (x.abs() @ case.size.T)
+    elif tiles:
+        parts = 2.0**-16 if case.codes is None else 4 * 2.0**-16
+        bound = bound + 1.01 * parts * (x.abs() @ case.weight.abs().T)
     elif not tiles and case.whole_groups and not case.table and case.codes is not None:
         half_step = half_steps(x)
         bound = bound * (1 + 2.0**-14) + half_step @ case.weight.abs().T

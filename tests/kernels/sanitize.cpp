@@ -19,6 +19,14 @@ void ql_pack(const uint8_t*, int rows, int columns, int bits, uint8_t*, void* po
 void ql_unpack(const uint8_t*, int rows, int columns, int bits, uint8_t*, void* pool);
 void ql_pack_bf16(const uint16_t*, int rows, int columns, uint16_t*, void* pool);
 void ql_linear(const Matrix*, const float* x, int64_t rows, float* y, const How*, const float* bias, void*);
+void ql_compensate(float*, const float*, const float*, float, float*, float*, const float*, const float*,
+                   int64_t rows, int64_t columns, int64_t first, int64_t last, void* pool);
+void ql_grid_losses(const float*, int64_t rows, int64_t stride, int64_t groups, int64_t size, const float*,
+                    const float*, const float*, float, int64_t tries, float*, void* pool);
+void ql_scaled_error(const float*, const float*, int64_t rows, int64_t columns, int64_t size, int64_t levels,
+                     int64_t symmetric, float*, void* pool);
+void ql_compare_logits(const float*, const float*, const int64_t*, int64_t rows, int64_t count, double*,
+                       double*, uint8_t*, void* pool);
 int ql_read(const Model*, const int32_t*, int first, int count, int every, float* logits, void* pool);
 }
 
@@ -133,6 +141,33 @@ void linears(void* pool) {
         }
 }
 
+void solving(void* pool) {
+    for (int rows : {1, 15, 16, 37})
+        for (int columns : {1, 31, 48}) {
+            const int64_t all = (int64_t)rows * columns;
+            const Exact<float> bottom(all), pull = numbers((int64_t)columns * columns);
+            Exact<float> work = numbers(all), step(all), codes(all), errors(all), scale(columns), out(all);
+            for (int64_t i = 0; i < all; i++) step[i] = 0.1f;
+            for (int64_t i = 0; i < columns; i++) scale[i] = 0.5f + (float)i;
+            ql_compensate(work.get(), step.get(), bottom.get(), 7, codes.get(), errors.get(), pull.get(),
+                          whole(2) ? pull.get() : nullptr, rows, columns, columns / 3, columns, pool);
+            finite(errors.get(), all);
+            ql_scaled_error(work.get(), scale.get(), rows, columns, 20, 15, whole(2), out.get(), pool);
+            finite(out.get(), all);
+            const int tries = 3;
+            Exact<float> grids((int64_t)tries * rows), losses((int64_t)tries * rows);
+            for (int64_t i = 0; i < grids.count; i++) grids[i] = 0.1f;
+            ql_grid_losses(work.get(), rows, columns, 1, columns, whole(2) ? pull.get() : nullptr, grids.get(),
+                           grids.get(), 15, tries, losses.get(), pool);
+            finite(losses.get(), losses.count);
+            Exact<int64_t> targets(rows);
+            Exact<double> loss(rows), apart(rows);
+            Exact<uint8_t> same(rows);
+            ql_compare_logits(work.get(), out.get(), targets.get(), rows, columns, loss.get(), apart.get(),
+                              same.get(), pool);
+        }
+}
+
 // A decoder whose sizes are multiples of nothing, with every option of every family.
 void decoder(int bits, int mode, bool options, void* pool) {
     const int layers = 2, width = 42, heads = 4, kv_heads = 2, head_dim = 10, ffn = 50, words = 37;
@@ -218,6 +253,7 @@ int main() {
     for (int threads : {1, 2}) {
         void* pool = ql_pool_new(threads);
         linears(pool);
+        solving(pool);
         for (const bool options : {false, true}) {
             for (int mode : {EXACT, INT8_BLOCK}) {
                 decoder(16, mode, options, pool);

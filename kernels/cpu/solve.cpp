@@ -1,0 +1,218 @@
+// What quantizing itself spends its time on: rounding columns that answer for each other's errors, and
+// trying many grids on the same weights. Sixteen rows of a weight are worked on at once, which never
+// meet; what they need stays in the first cache.
+#include <algorithm>
+#include <vector>
+
+#include "pool.h"
+#include "simd.h"
+
+namespace ql {
+
+namespace {
+
+// Calls take turns with torch's own threads: nobody waits for the next one in a spin.
+constexpr bool ASLEEP = false;
+
+// The whole number nearest to v, within [low, high]. Bounded before it is rounded as well: every grid
+// ends far below 2^21.
+inline F nearest(F v, F low, F high) {
+    const F limit = splat(2097152.f);
+    return at_most(at_least(round_even(at_most(at_least(v, -limit), limit)), low), high);
+}
+
+// Up to sixteen floats at p.
+struct Lanes {
+    int count;
+    F get(const float* p) const {
+        if (count == LANES) return load<F>(p);
+        F v{};
+        for (int i = 0; i < count; i++) v[i] = p[i];
+        return v;
+    }
+    void put(float* p, F v) const {
+        if (count == LANES) return store(p, v);
+        for (int i = 0; i < count; i++) p[i] = v[i];
+    }
+};
+
+// sum_i row[i] * v[i], four sums so that none waits for the one before.
+inline F dot(const float* row, const F* v, int count) {
+    F total[4] = {};
+    int i = 0;
+    for (; i + 4 <= count; i += 4)
+        for (int part = 0; part < 4; part++) total[part] += row[i + part] * v[i + part];
+    for (; i < count; i++) total[0] += row[i] * v[i];
+    return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// e M e^T for sixteen vectors e and each of TRIES tries; `lower` has M's diagonal, and left of it
+// twice its entries.
+template <int TRIES>
+void quadratic(const float* lower, int size, const F* const (&e)[TRIES], F (&out)[TRIES]) {
+    constexpr int ROWS = 4;
+    for (auto& o : out) o = F{};
+    int i = 0;
+    for (; i + ROWS <= size; i += ROWS) {
+        F part[ROWS][TRIES] = {};
+        for (int j = 0; j < i; j++)
+            for (int r = 0; r < ROWS; r++) {
+                const F m = splat(lower[(i + r) * size + j]);
+                for (int t = 0; t < TRIES; t++) part[r][t] += m * e[t][j];
+            }
+        for (int r = 0; r < ROWS; r++)
+            for (int t = 0; t < TRIES; t++) {
+                for (int j = i; j <= i + r; j++) part[r][t] += lower[(i + r) * size + j] * e[t][j];
+                out[t] += part[r][t] * e[t][i + r];
+            }
+    }
+    for (; i < size; i++)
+        for (int t = 0; t < TRIES; t++) {
+            F part{};
+            for (int j = 0; j <= i; j++) part += lower[i * size + j] * e[t][j];
+            out[t] += part * e[t][i];
+        }
+}
+
+}  // namespace
+
+}  // namespace ql
+
+using namespace ql;
+
+extern "C" {
+
+// Columns first to last - 1 of a weight [columns][rows], in the order they are rounded:
+//     value_j = work_j - sum_i pull_ij error_i + sum_i debt_ij value_i      first <= i < j
+//     whole_j = clamp(round(value_j / step_j), bottom_j, bottom_j + levels),  error = value - whole step
+// pull and debt [columns][columns] are transposed (row j belongs to column j); debt may be null. work
+// becomes the values; work, step, bottom, whole, errors: [columns][rows].
+void ql_compensate(float* work, const float* step, const float* bottom, float levels, float* whole,
+                   float* errors, const float* pull, const float* debt, int64_t rows, int64_t columns,
+                   int64_t first, int64_t last, void* pool) {
+    const int count = (int)(last - first);
+    ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end, int) {
+        static thread_local std::vector<F> error, value;
+        error.resize(count);
+        value.resize(count);
+        for (int64_t strip = begin; strip < end; strip++) {
+            const Lanes lanes{(int)std::min<int64_t>(LANES, rows - strip * LANES)};
+            for (int j = 0; j < count; j++) {
+                const int64_t at = (first + j) * rows + strip * LANES;
+                const int64_t row = (first + j) * columns + first;
+                F v = lanes.get(work + at) - dot(pull + row, error.data(), j);
+                if (debt) v += dot(debt + row, value.data(), j);
+                const F s = lanes.count == LANES ? load<F>(step + at) : at_least(lanes.get(step + at), splat(1e-30f));
+                const F low = lanes.get(bottom + at), code = nearest(v / s, low, low + splat(levels));
+                value[j] = v;
+                error[j] = v - code * s;
+                lanes.put(work + at, v);
+                lanes.put(whole + at, code);
+                lanes.put(errors + at, error[j]);
+            }
+        }
+    }, ASLEEP);
+}
+
+// losses[t][g][r] = e M_g e^T with e = clamp(round(w / s), -z, levels - z) s - w for every try t, group
+// g and row r. weight [rows][stride], its groups of `size` columns from the first on; moments
+// [groups][size][size] or null (M = 1); scales, zeros, losses [tries][groups][rows].
+void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t groups, int64_t size,
+                    const float* moments, const float* scales, const float* zeros, float levels,
+                    int64_t tries, float* losses, void* pool) {
+    constexpr int TOGETHER = 2;
+    const int64_t strips = (rows + LANES - 1) / LANES;
+    ((Pool*)pool)->run(groups * strips, 4, [&](int64_t begin, int64_t end, int) {
+        static thread_local std::vector<F> values, error[TOGETHER];
+        static thread_local std::vector<float> lower;
+        values.resize(size);
+        for (auto& e : error) e.resize(size);
+        for (int64_t strip = begin; strip < end; strip++) {
+            const int64_t g = strip / strips, r = strip % strips * LANES;
+            if (moments && (strip == begin || r == 0)) {
+                lower.assign(moments + g * size * size, moments + (g + 1) * size * size);
+                for (int64_t i = 0; i < size; i++)
+                    for (int64_t j = 0; j < i; j++) lower[i * size + j] *= 2;
+            }
+            {
+                const Lanes lanes{(int)std::min<int64_t>(LANES, rows - r)};
+                for (int64_t k = 0; k < size; k++) {
+                    F v{};
+                    for (int l = 0; l < lanes.count; l++) v[l] = weight[(r + l) * stride + g * size + k];
+                    values[k] = v;
+                }
+                for (int64_t t = 0; t < tries; t += TOGETHER) {
+                    const F* of[TOGETHER];
+                    int64_t at[TOGETHER];
+                    for (int64_t i = 0; i < TOGETHER; i++) {
+                        at[i] = (std::min(t + i, tries - 1) * groups + g) * rows + r;
+                        F s = lanes.get(scales + at[i]);
+                        if (lanes.count < LANES) s = at_least(s, splat(1e-30f));
+                        // A product in the place of a quotient: a tie may fall to the other side,
+                        // at the same error.
+                        const F low = -lanes.get(zeros + at[i]), high = low + splat(levels);
+                        const F inverse = splat(1.f) / s;
+                        for (int64_t k = 0; k < size; k++)
+                            error[i][k] = nearest(values[k] * inverse, low, high) * s - values[k];
+                        of[i] = error[i].data();
+                    }
+                    F loss[TOGETHER] = {};
+                    if (moments) quadratic<TOGETHER>(lower.data(), (int)size, of, loss);
+                    else
+                        for (int i = 0; i < TOGETHER; i++)
+                            for (int64_t k = 0; k < size; k++) loss[i] += of[i][k] * of[i][k];
+                    for (int i = 0; i < TOGETHER; i++) lanes.put(losses + at[i], loss[i]);
+                }
+            }
+        }
+    }, ASLEEP);
+}
+
+// out = (Q(w s) - w s) / s, Q rounding each group of `size` columns (the last may be shorter) of each row
+// to its own grid of levels + 1 codes: from min to max and 0, or with `symmetric` levels / 2 (rounded
+// down) steps to the largest magnitude. weight, out [rows][columns]; s [columns].
+void ql_scaled_error(const float* weight, const float* s, int64_t rows, int64_t columns, int64_t size,
+                     int64_t levels, int64_t symmetric, float* out, void* pool) {
+    ((Pool*)pool)->run(rows, 4, [&](int64_t begin, int64_t end, int) {
+        static thread_local std::vector<float> inverse;
+        inverse.resize(columns);
+        for (int64_t k = 0; k < columns; k++) inverse[k] = 1.f / s[k];
+        for (int64_t at = begin; at < end; at++)
+            for (int64_t first = 0; first < columns; first += size) {
+                const int64_t last = std::min(first + size, columns);
+                const float* w = weight + at * columns;
+                float* to = out + at * columns;
+                F low{}, high{};
+                for (int64_t k = first; k < last; k += LANES) {
+                    const Lanes lanes{(int)std::min<int64_t>(LANES, last - k)};
+                    const F v = lanes.get(w + k) * lanes.get(s + k);
+                    lanes.put(to + k, v);
+                    low = at_most(low, v);
+                    high = at_least(high, v);
+                }
+                float bottom = 0, top = 0;
+                for (int l = 0; l < LANES; l++) {
+                    bottom = std::min(bottom, low[l]);
+                    top = std::max(top, high[l]);
+                }
+                float step, zero;
+                if (symmetric) {
+                    step = std::max(top, -bottom) / (float)std::max<int64_t>((levels + 1) / 2 - 1, 1);
+                    step = std::max(step, 1e-12f);
+                    zero = (float)((levels + 1) / 2);
+                } else {
+                    step = std::max((top - bottom) / (float)levels, 1e-12f);
+                    zero = std::min(std::max(std::nearbyint(-bottom / step), 0.f), (float)levels);
+                }
+                const F lowest = splat(-zero), highest = splat((float)levels - zero);
+                const F each = splat(step), a_step = splat(1.f / step);
+                for (int64_t k = first; k < last; k += LANES) {
+                    const Lanes lanes{(int)std::min<int64_t>(LANES, last - k)};
+                    const F v = lanes.get(to + k), q = nearest(v * a_step, lowest, highest);
+                    lanes.put(to + k, (q * each - v) * lanes.get(inverse.data() + k));
+                }
+            }
+    }, ASLEEP);
+}
+
+}  // extern "C"

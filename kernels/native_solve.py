@@ -1,0 +1,80 @@
+"""The inner loops of quantizing in C++ (`cpu/solve.cpp`), where there is a native library.
+
+Each function returns whether it ran; where it did not, the caller's own torch code does the same.
+All tensors are float32, contiguous and on the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import build, native
+
+
+def ready(*tensors: Tensor | None) -> bool:
+    """Whether there is a native library, and the tensors are such as it reads."""
+    if any(
+        t is not None and (t.device.type != "cpu" or t.dtype != torch.float32 or t.requires_grad)
+        for t in tensors
+    ):
+        return False
+    try:
+        native.native()
+    except build.BuildError:
+        return False
+    return True
+
+
+def compensate(
+    work: Tensor,
+    step: Tensor,
+    bottom: Tensor,
+    levels: int,
+    whole: Tensor,
+    errors: Tensor,
+    pull: Tensor,
+    debt: Tensor | None,
+    columns: slice,
+) -> None:
+    """Round the `columns` of work [columns, rows] in order, each after what it owes for those
+    before it: `quantlab.compensation` says how. pull and debt [columns, columns] are transposed.
+
+    work, whole (code - zero) and errors are written. Ask `ready` first.
+    """
+    count, rows = work.shape
+    native.native()(
+        *("ql_compensate", work, step, bottom, native.c_float(levels), whole, errors, pull),
+        *(debt, *map(native.c_int64, (rows, count, columns.start, columns.stop))),
+    )
+
+
+def grid_losses(
+    weight: Tensor, moments: Tensor | None, scale: Tensor, zero: Tensor, levels: int
+) -> Tensor:
+    """e M_g e^T of every try: float32 [tries, groups, rows], e = q(w) - w on that try's grid.
+
+    weight: [rows, groups, size]; moments: [groups, size, size], None for M = 1; scale, zero:
+    [tries, groups, rows]. Ask `ready` first.
+    """
+    rows, groups, size = weight.shape
+    losses = torch.empty_like(scale)
+    native.native()(
+        *("ql_grid_losses", weight, *map(native.c_int64, (rows, groups * size, groups, size))),
+        *(moments, scale, zero, native.c_float(levels), native.c_int64(len(scale)), losses),
+    )
+    return losses
+
+
+def scaled_error(
+    weight: Tensor, scale: Tensor, group_size: int, bits: int, symmetric: bool
+) -> Tensor:
+    """(Q(W s) - W s) / s, float32 [rows, columns], with an unclipped grid for every group of a row.
+
+    weight: [rows, columns]; scale: [columns]. Ask `ready` first.
+    """
+    rows, columns = weight.shape
+    out = torch.empty_like(weight)
+    sizes = (rows, columns, group_size, 2**bits - 1, int(symmetric))
+    native.native()("ql_scaled_error", weight, scale, *map(native.c_int64, sizes), out)
+    return out

@@ -1,0 +1,173 @@
+"""The loops of quantizing in C++ against float64, on every level."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import native_solve
+from kernels.native_compare import compare_logits
+
+pytestmark = [pytest.mark.xdist_group("native"), pytest.mark.usefixtures("level")]
+
+U = 2.0**-24
+seeds = st.integers(0, 2**16)
+some_rows = st.integers(1, 50)
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def second_moments(groups: int, size: int, seed: int) -> Tensor:
+    x = noise(groups, size + 3, size, seed=seed) * torch.exp(noise(size, seed=seed + 1))
+    return x.transpose(1, 2) @ x / (size + 3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=some_rows,
+    columns=st.integers(1, 40),
+    bits=st.integers(2, 8),
+    owing=st.booleans(),
+    part=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=seeds,
+)
+def test_columns_answer_for_those_before_them(
+    rows: int, columns: int, bits: int, owing: bool, part: tuple[float, float], seed: int
+) -> None:
+    first, last = sorted(int(share * columns) for share in part)
+    work = noise(columns, rows, seed=seed)
+    before = work.clone()
+    step = torch.rand(columns, rows, generator=torch.Generator().manual_seed(seed)) + 0.05
+    bottom = -torch.randint(0, 2**bits, (columns, rows)).float()
+    pull, debt = (noise(columns, columns, seed=seed + n).triu(1) * 0.3 for n in (1, 2))
+    whole, errors = torch.full_like(work, 7.0), torch.full_like(work, 7.0)
+    native_solve.compensate(
+        *(work, step, bottom, 2**bits - 1, whole, errors, pull.t().contiguous()),
+        debt.t().contiguous() if owing else None,
+        slice(first, last),
+    )
+    outside = [j for j in range(columns) if not first <= j < last]
+    assert torch.equal(work[outside], before[outside])
+    assert bool((whole[outside] == 7).all())
+    done = slice(first, last)
+    # From the answers themselves: what each column had to be, its code, and its error.
+    value = before[done].double() - pull[done, done].double().t() @ errors[done].double()
+    size = (
+        before[done].double().abs()
+        + pull[done, done].double().abs().t() @ errors[done].abs().double()
+    )
+    if owing:
+        value += debt[done, done].double().t() @ work[done].double()
+        size += debt[done, done].double().abs().t() @ work[done].abs().double()
+    assert bool(((work[done] - value).abs() <= (columns + 4) * U * size + 1e-30).all())
+    codes = torch.round(work[done] / step[done])
+    codes = torch.clamp(codes, bottom[done], bottom[done] + 2**bits - 1)
+    assert torch.equal(whole[done], codes)
+    left = work[done].double() - codes.double() * step[done].double()
+    reach = work[done].abs() + (codes * step[done]).abs()
+    assert bool(((errors[done] - left).abs() <= 2 * U * reach).all())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=some_rows,
+    groups=st.integers(1, 4),
+    size=st.integers(1, 70),
+    tries=st.integers(1, 5),
+    bits=st.integers(2, 8),
+    weighed=st.booleans(),
+    seed=seeds,
+)
+def test_losses_of_grids(
+    rows: int, groups: int, size: int, tries: int, bits: int, weighed: bool, seed: int
+) -> None:
+    weight = noise(rows, groups, size, seed=seed)
+    moments = second_moments(groups, size, seed) if weighed else None
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(tries, groups, rows, generator=generator) * 0.3 + 0.02
+    zero = torch.randint(0, 2**bits, scale.shape, generator=generator).float()
+    got = native_solve.grid_losses(weight, moments, scale, zero, 2**bits - 1)
+    w, s, z = weight.double().permute(1, 0, 2), scale.double()[..., None], zero.double()[..., None]
+    e = torch.clamp(torch.round(w / s), -z, 2**bits - 1 - z) * s - w
+    m = torch.eye(size).expand(groups, -1, -1).double() if moments is None else moments.double()
+    want = torch.einsum("tgri,gij,tgrj->tgr", e, m, e)
+    # Each e is off by its own rounding; where w / s is a tie, by a sign, at the same square.
+    reach = w.abs() + (e + w).abs()
+    first_order = 2 * torch.einsum("tgri,gij,tgrj->tgr", e.abs(), m.abs(), 3 * U * reach)
+    bound = first_order + (size + 8) * U * torch.einsum(
+        "tgri,gij,tgrj->tgr", e.abs(), m.abs(), e.abs()
+    )
+    ties = ((w / s - torch.floor(w / s) - 0.5).abs() < 1e-5).any(-1)
+    off = (got.double() - want).abs() > bound + 1e-30
+    assert not bool((off & ~ties).any())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=some_rows,
+    columns=st.integers(1, 100),
+    group=st.integers(1, 70),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    seed=seeds,
+)
+def test_rounding_errors_of_scaled_weights(
+    rows: int, columns: int, group: int, bits: int, symmetric: bool, seed: int
+) -> None:
+    weight, scale = noise(rows, columns, seed=seed), torch.exp(noise(columns, seed=seed + 1))
+    got = native_solve.scaled_error(weight, scale, group, bits, symmetric).double()
+    scaled = (weight * scale).double()
+    for first in range(0, columns, group):
+        part = slice(first, first + group)
+        v = scaled[:, part]
+        if symmetric:
+            step = v.abs().amax(1) / max(2 ** (bits - 1) - 1, 1)
+            codes = torch.round((v + got[:, part] * scale[part]) / step[:, None]) + 2 ** (bits - 1)
+        else:
+            low, high = v.amin(1).clamp_max(0), v.amax(1).clamp_min(0)
+            step = (high - low) / (2**bits - 1)
+            codes = (v + got[:, part] * scale[part] - low[:, None]) / step[:, None]
+        # On the grid, inside it, and half a step away (one, where the grid's end was rounded).
+        reach = (0.5 if symmetric else 1.0) * step[:, None] + 1e-4 * v.abs().amax(1, keepdim=True)
+        error = got[:, part] * scale[part]
+        assert bool((error.abs() <= reach).all())
+        assert bool((codes >= -0.51).all())
+        assert bool((codes <= 2**bits - 0.49).all())
+        whole = (v + error) / step[:, None]
+        assert bool(((whole - torch.round(whole)).abs() < 1e-3).all())
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(1, 5),
+    count=st.one_of(st.integers(1, 70), st.sampled_from([2048, 2049, 5000])),
+    apart=st.sampled_from([0.0, 0.01, 3.0]),
+    seed=seeds,
+)
+def test_logits_against_each_other(rows: int, count: int, apart: float, seed: int) -> None:
+    p = noise(rows, count, seed=seed) * 5
+    q = p + apart * noise(rows, count, seed=seed + 1)
+    targets = torch.randint(0, count, (rows,), generator=torch.Generator().manual_seed(seed))
+    loss, kl, same = compare_logits(p, q, targets)
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    # e^x is good to 2 units in the last place, and x - log sum e^x, a difference of numbers up to
+    # 40, is rounded once more.
+    torch.testing.assert_close(loss, -log_q.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-5)
+    want = (log_p.exp() * (log_p - log_q)).sum(-1)
+    bound = 40 * 8 * U * (1 + (p - q).abs().amax(-1).double())
+    assert bool(((kl - want).abs() <= bound).all())
+    assert torch.equal(same, p.argmax(-1) == q.argmax(-1))
+
+
+def test_a_token_that_is_ruled_out_adds_nothing() -> None:
+    p = torch.tensor([[0.0, 0.0, -torch.inf]])
+    q = torch.tensor([[0.0, -torch.inf, 0.0]])
+    loss, kl, same = compare_logits(p, p, torch.tensor([0]))
+    assert (float(kl), bool(same)) == (0.0, True)
+    assert float(loss) == pytest.approx(0.6931472)
+    assert float(compare_logits(p, q, torch.tensor([1]))[1]) == torch.inf
