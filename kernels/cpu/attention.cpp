@@ -77,6 +77,10 @@ void some_queries(const Attention& a, const Cache& cache, int kv_head, const flo
 
 void attend(const Attention& a, const Cache& cache, const float* q, float* out, int first, int count,
             Pool& pool) {
+#if QL_LEVEL >= 4
+    if (count >= ATTEND_TILES && a.head_dim % LANES == 0)
+        return attend_tiles(a, cache, q, out, first, count, pool);
+#endif
     const int share = a.heads / cache.kv_heads, row = a.heads * a.head_dim;
     const int64_t room = ((first + count) / LANES + 1) * LANES;
     // The queries of a key-value head: every new position, times the heads that share it.

@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "linear.h"
+#include "tile.h"
 
 using namespace ql;
 
@@ -33,18 +34,11 @@ void read_part(const uint8_t* p, int64_t bytes) {
 }
 
 #if QL_LEVEL >= 4
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // Two tiles of the input meet two of the weight; four independent sums hide the latency. Zeros: what
 // tiles hold does not change how long they take.
 template <bool INT8>
 double tiles(int64_t rounds) {
-    static const TileConfig config;
-    _tile_loadconfig(&config);
+    configure_tiles();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -2,10 +2,9 @@
 // trying many grids on the same weights. Sixteen rows of a weight are worked on at once, which never
 // meet; what they need stays in the first cache.
 #include <algorithm>
-#include <vector>
 
+#include "input.h"
 #include "pool.h"
-#include "simd.h"
 
 namespace ql {
 
@@ -92,16 +91,15 @@ void ql_compensate(float* work, const float* step, const float* bottom, float le
                    int64_t first, int64_t last, void* pool) {
     const int count = (int)(last - first);
     ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end, int) {
-        static thread_local std::vector<F> error, value;
-        error.resize(count);
-        value.resize(count);
+        static thread_local Buffer error_room, value_room;
+        F *error = error_room.get<F>(count), *value = value_room.get<F>(count);
         for (int64_t strip = begin; strip < end; strip++) {
             const Lanes lanes{(int)std::min<int64_t>(LANES, rows - strip * LANES)};
             for (int j = 0; j < count; j++) {
                 const int64_t at = (first + j) * rows + strip * LANES;
                 const int64_t row = (first + j) * columns + first;
-                F v = lanes.get(work + at) - dot(pull + row, error.data(), j);
-                if (debt) v += dot(debt + row, value.data(), j);
+                F v = lanes.get(work + at) - dot(pull + row, error, j);
+                if (debt) v += dot(debt + row, value, j);
                 const F s = lanes.count == LANES ? load<F>(step + at) : at_least(lanes.get(step + at), splat(1e-30f));
                 const F low = lanes.get(bottom + at), code = nearest(v / s, low, low + splat(levels));
                 value[j] = v;
@@ -123,46 +121,44 @@ void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t g
     constexpr int TOGETHER = 2;
     const int64_t strips = (rows + LANES - 1) / LANES;
     ((Pool*)pool)->run(groups * strips, 4, [&](int64_t begin, int64_t end, int) {
-        static thread_local std::vector<F> values, error[TOGETHER];
-        static thread_local std::vector<float> lower;
-        values.resize(size);
-        for (auto& e : error) e.resize(size);
+        static thread_local Buffer value_room, lower_room, error_room[TOGETHER];
+        F *values = value_room.get<F>(size), *error[TOGETHER];
+        for (int i = 0; i < TOGETHER; i++) error[i] = error_room[i].get<F>(size);
+        float* lower = lower_room.get<float>(moments ? size * size : 1);
         for (int64_t strip = begin; strip < end; strip++) {
             const int64_t g = strip / strips, r = strip % strips * LANES;
             if (moments && (strip == begin || r == 0)) {
-                lower.assign(moments + g * size * size, moments + (g + 1) * size * size);
+                std::memcpy(lower, moments + g * size * size, sizeof(float) * size * size);
                 for (int64_t i = 0; i < size; i++)
                     for (int64_t j = 0; j < i; j++) lower[i * size + j] *= 2;
             }
-            {
-                const Lanes lanes{(int)std::min<int64_t>(LANES, rows - r)};
-                for (int64_t k = 0; k < size; k++) {
-                    F v{};
-                    for (int l = 0; l < lanes.count; l++) v[l] = weight[(r + l) * stride + g * size + k];
-                    values[k] = v;
+            const Lanes lanes{(int)std::min<int64_t>(LANES, rows - r)};
+            for (int64_t k = 0; k < size; k++) {
+                F v{};
+                for (int l = 0; l < lanes.count; l++) v[l] = weight[(r + l) * stride + g * size + k];
+                values[k] = v;
+            }
+            for (int64_t t = 0; t < tries; t += TOGETHER) {
+                const F* of[TOGETHER];
+                int64_t at[TOGETHER];
+                for (int64_t i = 0; i < TOGETHER; i++) {
+                    at[i] = (std::min(t + i, tries - 1) * groups + g) * rows + r;
+                    F s = lanes.get(scales + at[i]);
+                    if (lanes.count < LANES) s = at_least(s, splat(1e-30f));
+                    // A product in the place of a quotient: a tie may fall to the other side,
+                    // at the same error.
+                    const F low = -lanes.get(zeros + at[i]), high = low + splat(levels);
+                    const F inverse = splat(1.f) / s;
+                    for (int64_t k = 0; k < size; k++)
+                        error[i][k] = nearest(values[k] * inverse, low, high) * s - values[k];
+                    of[i] = error[i];
                 }
-                for (int64_t t = 0; t < tries; t += TOGETHER) {
-                    const F* of[TOGETHER];
-                    int64_t at[TOGETHER];
-                    for (int64_t i = 0; i < TOGETHER; i++) {
-                        at[i] = (std::min(t + i, tries - 1) * groups + g) * rows + r;
-                        F s = lanes.get(scales + at[i]);
-                        if (lanes.count < LANES) s = at_least(s, splat(1e-30f));
-                        // A product in the place of a quotient: a tie may fall to the other side,
-                        // at the same error.
-                        const F low = -lanes.get(zeros + at[i]), high = low + splat(levels);
-                        const F inverse = splat(1.f) / s;
-                        for (int64_t k = 0; k < size; k++)
-                            error[i][k] = nearest(values[k] * inverse, low, high) * s - values[k];
-                        of[i] = error[i].data();
-                    }
-                    F loss[TOGETHER] = {};
-                    if (moments) quadratic<TOGETHER>(lower.data(), (int)size, of, loss);
-                    else
-                        for (int i = 0; i < TOGETHER; i++)
-                            for (int64_t k = 0; k < size; k++) loss[i] += of[i][k] * of[i][k];
-                    for (int i = 0; i < TOGETHER; i++) lanes.put(losses + at[i], loss[i]);
-                }
+                F loss[TOGETHER] = {};
+                if (moments) quadratic<TOGETHER>(lower, (int)size, of, loss);
+                else
+                    for (int i = 0; i < TOGETHER; i++)
+                        for (int64_t k = 0; k < size; k++) loss[i] += of[i][k] * of[i][k];
+                for (int i = 0; i < TOGETHER; i++) lanes.put(losses + at[i], loss[i]);
             }
         }
     }, ASLEEP);
@@ -174,8 +170,8 @@ void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t g
 void ql_scaled_error(const float* weight, const float* s, int64_t rows, int64_t columns, int64_t size,
                      int64_t levels, int64_t symmetric, float* out, void* pool) {
     ((Pool*)pool)->run(rows, 4, [&](int64_t begin, int64_t end, int) {
-        static thread_local std::vector<float> inverse;
-        inverse.resize(columns);
+        static thread_local Buffer inverse_room;
+        auto* inverse = inverse_room.get<float>(columns);
         for (int64_t k = 0; k < columns; k++) inverse[k] = 1.f / s[k];
         for (int64_t at = begin; at < end; at++)
             for (int64_t first = 0; first < columns; first += size) {
@@ -209,7 +205,7 @@ void ql_scaled_error(const float* weight, const float* s, int64_t rows, int64_t 
                 for (int64_t k = first; k < last; k += LANES) {
                     const Lanes lanes{(int)std::min<int64_t>(LANES, last - k)};
                     const F v = lanes.get(to + k), q = nearest(v * a_step, lowest, highest);
-                    lanes.put(to + k, (q * each - v) * lanes.get(inverse.data() + k));
+                    lanes.put(to + k, (q * each - v) * lanes.get(inverse + k));
                 }
             }
     }, ASLEEP);

@@ -1,6 +1,7 @@
 // The product of many rows on AMX tiles: sums of 16 x 16 outputs, fed by 16 rows of the input and 16 of
 // the weight. Four sums are kept at once (32 x 32 outputs), so that every tile loaded is used twice.
 #include "linear.h"
+#include "tile.h"
 
 #if QL_LEVEL >= 4
 #include <algorithm>
@@ -9,33 +10,7 @@ namespace ql {
 
 namespace {
 
-constexpr int TILE = 16;
-constexpr int TILE_BYTES = 1024;
 constexpr int64_t INPUT_BYTES = 1 << 20;  // of the input that pass by a piece of weight: stays in L2
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-void configure() {
-    static const TileConfig config;
-    _tile_loadconfig(&config);
-}
-
-// Two registers of float32 as bfloat16 pairs, and what the rounding left over.
-inline void put_pairs(const F (&v)[2], uint16_t* high, uint16_t* low) {
-    const I upper = I{} + (int32_t)0xffff0000;
-    F top[2];
-    for (int e = 0; e < 2; e++) {
-        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v[e]);
-        top[e] = (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)rounded), 16);
-    }
-    store(high, (I)_mm512_srli_epi32((__m512i)top[0], 16) | ((I)top[1] & upper));
-    if (low)
-        store(low, (I)_mm512_srli_epi32((__m512i)(v[0] - top[0]), 16) | ((I)(v[1] - top[1]) & upper));
-}
 
 // Sixteen rows as bfloat16 tiles [padded / 32][16 pairs of columns][16 rows][2]: the weight itself, and
 // with `low` what its rounding left over.
@@ -62,7 +37,7 @@ void unpack_block(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
                     v[e] = w.table ? look_up(w.table, index) : to_float(index);
                     v[e] = offset ? s * v[e] + z : s * (v[e] - z);
                 }
-                const int at = t * 512 + (2 * i + j / 2) * 32;
+                const int at = t * TILE_PAIRS + (2 * i + j / 2) * 32;
                 put_pairs(v, high + at, low ? low + at : nullptr);
             }
         }
@@ -128,7 +103,7 @@ struct Piece {
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t at = 0; at < (int64_t)tiles * 512; at += 512) {
+        for (int64_t at = 0; at < (int64_t)tiles * TILE_PAIRS; at += TILE_PAIRS) {
             _tile_loadd(6, w_high[0] + at, 64);
             _tile_loadd(7, w_high[1] + at, 64);
             meet(x_high, at);
@@ -189,12 +164,7 @@ void arrange_tiles(Input& in, int mode, Pool& pool) {
             for (int64_t k = 0; k < in.padded; k += LANES) {
                 const __m512 v = m < in.rows ? _mm512_loadu_ps(in.x + m * in.stride + k) : _mm512_setzero_ps();
                 const int64_t at = ((m / TILE * tiles + k / 32) * TILE + m % TILE) * 32 + k % 32;
-                const __m256i top = (__m256i)_mm512_cvtneps_pbh(v);
-                _mm256_storeu_si256((__m256i*)(high + at), top);
-                if (!low) continue;
-                const __m512 kept = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(top), 16);
-                _mm256_storeu_si256((__m256i*)(low + at),
-                                    (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(v, kept)));
+                put_parts((F)v, high + at, low ? low + at : nullptr);
             }
     });
     in.high = high;
@@ -204,7 +174,7 @@ void arrange_tiles(Input& in, int mode, Pool& pool) {
 // With x in two parts ("exact") the weight is in two parts as well, unless it is bfloat16 itself.
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {
-    configure();
+    configure_tiles();
     const bool plain = w.bits == 16, two = in.low != nullptr;
     const int64_t a_block = (int64_t)w.padded() * LANES;
     uint16_t* unpacked = plain ? nullptr : panel(a_block * (two ? 4 : 2));
@@ -248,7 +218,7 @@ void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y,
 // columns, straight from the packed bytes.
 void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {
-    configure();
+    configure_tiles();
     const int64_t a_row = w.padded() / 64 * TILE_BYTES;
     const int m_tiles = (in.rows + TILE - 1) / TILE;
     const int m_block = std::max<int>(2, (int)(INPUT_BYTES / a_row) & ~1);
