@@ -14,14 +14,21 @@ from quantlab.models import CATALOGUE
 from quantlab.texts import fast_bfloat16
 from quantlab.types import Estimate, RunSpec
 
-EFFICIENCY = 0.18
-"""Share of a bare matrix product's speed that a whole forward pass reaches (attention, norms,
-conversions and memory take the rest). With the next two, fitted by hand such that the default
-comparison of the bundled model, 6:13 and 3.1 GB on two cores of a Xeon with AMX, is met within a
-fifth; other machines and models only scale from there."""
-SECOND_MOMENT_COST = 1.2
-"""GPTQ and AWQ need, beside the passes, sums of x x^T in float32 and their search; in forward
-passes at float32 speed."""
+EFFICIENCY = 0.22
+"""Share of a bare matrix product's speed that measuring a variant reaches (the head, divergences,
+attention and memory take the rest). This and the next ones are fitted by hand to the default
+comparison of the bundled model: 3:41 and 2.3 GB on two cores of a Xeon with AMX, native kernels and
+nothing else running; other machines and models only scale from there."""
+CALIBRATION_EFFICIENCY = 0.42
+"""The same of a pass over the calibration text, which needs no head."""
+SECOND_MOMENT_COST = 0.1
+"""GPTQ and AWQ need, beside the passes, sums of x x^T and their search; in forward passes at
+float32 speed."""
+SEARCH_SECONDS = 16.0
+"""For a model of the bundled one's size: what methods that calibrate spend on scales, clipping and
+compensation."""
+LLAMA_CPP_COST = 4.0
+"""What reading the evaluation text takes in llama.cpp, against QuantLab's own kernels."""
 RUNNING_BYTES = 2.0e9
 """Of Python, torch, the page and what lies in memory beside two copies of the weights."""
 PROBES = 5
@@ -29,8 +36,8 @@ PROBES = 5
 TRAINING = 0.5
 """Share of a forward pass's speed that training reaches: rounding every weight, the optimizer and
 logits over the whole vocabulary take the rest. Assumed."""
-DECODE_BYTES_PER_SECOND = 4e9
-FIXED_SECONDS = 8.0
+DECODE_BYTES_PER_SECOND = 2e10
+FIXED_SECONDS = 4.0
 """Loading, packing, saving and opening a variant of the bundled model. Assumed."""
 
 
@@ -81,7 +88,8 @@ def estimate(spec: RunSpec) -> Estimate:
     for variant in spec.variants:
         method = METHODS[variant.method]
         seconds += FIXED_SECONDS * scale
-        seconds += forward * spec.eval_tokens / (half * EFFICIENCY)
+        engine = LLAMA_CPP_COST if variant.method == "gguf" else 1.0
+        seconds += engine * forward * spec.eval_tokens / (half * EFFICIENCY)
         seconds += (
             len(spec.prompts) * spec.max_new_tokens * 2 * parameters / DECODE_BYTES_PER_SECOND
         )
@@ -91,7 +99,8 @@ def estimate(spec: RunSpec) -> Estimate:
             # Collecting, and going on through the quantized block; in lockstep both are one.
             passes = 1.0 + (method.sees_error and not method.sequential)
             passes += "cross_moment" in needs
-            seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY)
+            seconds += passes * forward * spec.calibration_tokens / (half * CALIBRATION_EFFICIENCY)
+            seconds += SEARCH_SECONDS * scale
         if method.trains:
             passes = method.train_passes(config)
             seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY * TRAINING)

@@ -426,12 +426,18 @@ def test_estimates_count_the_passes_over_the_calibration_text(
             spec = RunSpec(variants=parse_variants(label), calibration_tokens=tokens)
             return pipeline.estimate(spec).seconds
 
-        one = 2 * estimate.parameter_count("bundled") * 4096 / (1e11 * estimate.EFFICIENCY)
+        one = (
+            2
+            * estimate.parameter_count("bundled")
+            * 4096
+            / (1e11 * estimate.CALIBRATION_EFFICIENCY)
+        )
         return (seconds(8192) - seconds(4096)) / one
 
     assert passes("gptq:4") == pytest.approx(1)
     assert passes("gptq:3") == pytest.approx(2)
-    assert passes("awq:4") == pytest.approx(2)
+    assert passes("awq:4") == pytest.approx(1)
+    assert passes("nf4") == 0
     assert passes("gguf:q4_0:imatrix=true") == pytest.approx(1)
 
 
