@@ -26,6 +26,21 @@ def ready(*tensors: Tensor | None) -> bool:
     return True
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether `add_moment` runs here: a native library for AMX."""
+    return ready() and native.native().level.name == "amx"
+
+
+def add_moment(total: Tensor, y: Tensor, x: Tensor, triangle: bool) -> None:
+    """total += y^T x, with `triangle` (y is x) right of the diagonal at least.
+
+    total: float32 [columns, columns]; y, x: bfloat16 [tokens, columns]; products are exact, sums in
+    float32. All contiguous. Ask `multiplies_bfloat16` first.
+    """
+    sizes = map(native.c_int64, (*x.shape, int(triangle)))
+    native.native()("ql_add_moment", total, y, x, *sizes)
+
+
 def compensate(
     work: Tensor,
     step: Tensor,

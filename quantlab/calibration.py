@@ -25,6 +25,7 @@ StatKind = Literal[
     "second_moment", "range", "mean", "sample", "square", "cross_moment", "histogram"
 ]
 SAMPLE_ROWS = 256
+MOMENTS: frozenset[StatKind] = frozenset({"second_moment", "cross_moment"})
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,23 @@ class Accumulator:
 
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
         """`original`: the same tokens' input in the unquantized model, for 'cross_moment'."""
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        multiplied = x
-        if self.kinds & {"second_moment", "cross_moment"} and inputs.dtype == torch.float32:
-            multiplied = as_multiplied(x)
-        if "second_moment" in self.kinds:
-            if self.square is None:
-                self.square = x.new_zeros(x.shape[1], x.shape[1])
-            add_second_moment(self.square, multiplied)
+        rows, columns = inputs.numel() // inputs.shape[-1], inputs.shape[-1]
+        if self.kinds & MOMENTS:
+            multiplied = as_multiplied(inputs)
+            if "second_moment" in self.kinds:
+                if self.square is None:
+                    self.square = torch.zeros(columns, columns)
+                add_second_moment(self.square, multiplied)
+            if original is not None:
+                if self.cross is None:
+                    self.cross = torch.zeros(columns, columns)
+                add_cross_moment(self.cross, as_multiplied(original), multiplied)
+        if self.kinds - MOMENTS:
+            self._add_values(inputs.detach().reshape(-1, columns).float())
+        self.tokens += rows
+
+    def _add_values(self, x: Tensor) -> None:
+        """x: float32 [tokens, columns]."""
         if "range" in self.kinds:
             low, high = x.amin(0), x.amax(0)
             self.low = low if self.low is None else torch.minimum(self.low, low)
@@ -104,12 +114,6 @@ class Accumulator:
         if "square" in self.kinds:
             squares = x.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
-        if original is not None:
-            y = as_multiplied(original.detach().reshape(-1, x.shape[1]).float())
-            if self.cross is None:
-                self.cross = x.new_zeros(x.shape[1], x.shape[1])
-            add_cross_moment(self.cross, y, multiplied)
-        self.tokens += x.shape[0]
 
     def result(self) -> ActStats:
         moment = None

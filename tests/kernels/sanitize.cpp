@@ -25,6 +25,9 @@ void ql_grid_losses(const float*, int64_t rows, int64_t stride, int64_t groups, 
                     const float*, const float*, float, int64_t tries, float*, void* pool);
 void ql_scaled_error(const float*, const float*, int64_t rows, int64_t columns, int64_t size, int64_t levels,
                      int64_t symmetric, float*, void* pool);
+#if QL_LEVEL >= 4
+void ql_add_moment(float*, const uint16_t*, const uint16_t*, int64_t tokens, int64_t columns, int64_t, void*);
+#endif
 void ql_compare_logits(const float*, const float*, const int64_t*, int64_t rows, int64_t count, double*,
                        double*, uint8_t*, void* pool);
 int ql_read(const Model*, const int32_t*, int first, int count, int every, float* logits, void* pool);
@@ -168,6 +171,21 @@ void solving(void* pool) {
         }
 }
 
+void moments(void* pool) {
+#if QL_LEVEL >= 4
+    for (int tokens : {1, 31, 40})
+        for (int columns : {1, 16, 33, 300}) {
+            const Exact<uint16_t> x((int64_t)tokens * columns);
+            Exact<float> total((int64_t)columns * columns);
+            for (int triangle : {0, 1})
+                ql_add_moment(total.get(), x.get(), x.get(), tokens, columns, triangle, pool);
+            finite(total.get(), total.count);
+        }
+#else
+    (void)pool;
+#endif
+}
+
 // A decoder whose sizes are multiples of nothing, with every option of every family.
 void decoder(int bits, int mode, bool options, void* pool) {
     const int layers = 2, width = 42, heads = 4, kv_heads = 2, head_dim = 10, ffn = 50, words = 37;
@@ -254,6 +272,7 @@ int main() {
         void* pool = ql_pool_new(threads);
         linears(pool);
         solving(pool);
+        moments(pool);
         for (const bool options : {false, true}) {
             for (int mode : {EXACT, INT8_BLOCK}) {
                 decoder(16, mode, options, pool);
