@@ -86,10 +86,11 @@ class EfficientQATConfig(base.WeightConfig):
         paper="mean",
     )
     e2e_epochs: int = base.option(
-        3,
+        -1,
         "Epochs end to end",
-        "Passes over the calibration tokens for the steps of all blocks; 0 leaves E2E-QP out.",
-        minimum=0,
+        "Passes over the calibration tokens for the steps of all blocks; 0 leaves E2E-QP out, "
+        "-1 is 3 at 2 bits and 1 above.",
+        minimum=-1,
         maximum=100,
         paper="1 (of 4,096 x 4,096 tokens)",
     )
@@ -119,6 +120,13 @@ class EfficientQATConfig(base.WeightConfig):
         paper="2 for blocks, 32 end to end",
     )
 
+    @property
+    def passes_end_to_end(self) -> int:
+        """`e2e_epochs`, chosen by the bits where it is -1: finer grids are learnt sooner."""
+        if self.e2e_epochs >= 0:
+            return self.e2e_epochs
+        return 3 if self.bits == 2 else 1
+
 
 @base.register
 class EfficientQAT(base.Quantizer):
@@ -143,11 +151,11 @@ class EfficientQAT(base.Quantizer):
     ) -> dict[str, PackedWeight]:
         batches = list(ids.split(config.batch_size))
         original = None
-        if config.goal == "original" and config.e2e_epochs:
+        if config.goal == "original" and config.passes_end_to_end:
             original = last_states(model.module, batches)
         self._block_ap(model, ids, config, workshop)
         blocks = block_list(model.module, model.family)
-        if config.e2e_epochs:
+        if config.passes_end_to_end:
             rate = config.e2e_rate * 4.0 ** (2 - config.bits)
             rates = Rates(weights=0.0, steps=rate, zeros=0.0, others=0.0)
             train_model(
@@ -156,7 +164,7 @@ class EfficientQAT(base.Quantizer):
                 batches,
                 original,
                 rates,
-                config.e2e_epochs,
+                config.passes_end_to_end,
                 workshop,
                 "e2e_qp",
                 SAVE_EVERY,
@@ -224,7 +232,7 @@ class EfficientQAT(base.Quantizer):
 
     def train_passes(self, config: EfficientQATConfig) -> float:
         """A step of training is three forward passes; the original's targets are another."""
-        return 3.0 * config.block_epochs + 3.5 * config.e2e_epochs + 4.0
+        return 3.0 * config.block_epochs + 3.5 * config.passes_end_to_end + 4.0
 
 
 @torch.no_grad()
