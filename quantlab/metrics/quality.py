@@ -19,11 +19,7 @@ from torch import Tensor, nn
 from quantlab.errors import ModelError
 from quantlab.metrics.divergence import compare_logits
 from quantlab.metrics.intervals import SEGMENT_TOKENS, interval
-from quantlab.metrics.perplexity import (
-    negative_log_likelihood,
-    perplexity,
-    perplexity_interval,
-)
+from quantlab.metrics.perplexity import perplexity, perplexity_interval
 from quantlab.models import LoadedModel
 from quantlab.paths import home
 from quantlab.types import Emit, Progress
