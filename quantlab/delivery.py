@@ -13,8 +13,8 @@ from quantlab.export import quantlab_format
 from quantlab.methods import METHODS, configure
 from quantlab.models import ARTIFACT_FILE, ModelSource, locate
 from quantlab.models.gguf_header import read_header
+from quantlab.models.json_files import read_json
 from quantlab.models.loading import load_tokenizer_of
-from quantlab.models.source import read_json
 from quantlab.results import ResultRecord
 from quantlab.types import RunSpec, VariantSpec
 from quantlab.variants import GGUF_FILE, Prepared

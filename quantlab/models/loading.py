@@ -55,7 +55,7 @@ def load(
         if isinstance(name, str)
         else name
     )
-    if source.kind == "quantlab":
+    if source.kind in ("quantlab", "checkpoint"):
         raise ModelError(
             f"model: {source.name} is already quantized; evaluate or generate with it, "
             "or quantize its original"
