@@ -9,7 +9,8 @@ from typing import Any
 
 from quantlab.answers import Answering, mark_divergence
 from quantlab.errors import ModelError, QuantLabError
-from quantlab.methods import METHODS
+from quantlab.foreign import adopt
+from quantlab.methods import METHODS, configure
 from quantlab.models import ModelSource
 from quantlab.models.loading import load_tokenizer_of
 from quantlab.results import ResultRecord
@@ -95,7 +96,9 @@ def _open(
     record: ResultRecord, variant: VariantSpec, source: ModelSource, spec: RunSpec, store: Store
 ) -> Runner:
     prepared: Prepared | None = Prepared("unquantized", store.root, 0, 1)
-    if METHODS[record.method].quantizes:
+    if METHODS[record.method].reads_files:
+        prepared = adopt(configure(variant).path, source)
+    elif METHODS[record.method].quantizes:
         prepared = read_about(store.artifact(record.artifact)) if record.artifact else None
     if prepared is None:
         raise ModelError(
