@@ -120,7 +120,7 @@ class QuantLinear(nn.Module):
         return self._prepared
 
     @property
-    def order(self) -> Tensor | None:
+    def input_order(self) -> Tensor | None:
         """Columns of the input in the order in which the kernel wants them; None: as they are."""
         return self._buffers.get("order")
 
@@ -154,8 +154,8 @@ class QuantLinear(nn.Module):
             raise ValueError(f"input has {x.shape[-1]} features, this layer {self.in_features}")
         shape = (*x.shape[:-1], self.out_features)
         rows = x.detach().reshape(-1, self.in_features).to(self.dtype)
-        if self.order is not None:
-            rows = rows.index_select(1, self.order)
+        if self.input_order is not None:
+            rows = rows.index_select(1, self.input_order)
         y = self._simulate(rows) if self._prepared is None else self._prepared(rows)
         return y.to(x.dtype).view(shape)
 

@@ -67,7 +67,7 @@ class Survey:
         """What records keep: format, bits, and sizes as `Prepared` counts them."""
         return {
             "format": self.quantization.format,
-            "bits": self.quantization.bits,
+            "bits": min(layer.scheme.bits for layer in self.layers.values()),
             "activation_bits": self.quantization.activation_bits,
             "packed": len(self.layers),
             "size_bytes": self.shards.nbytes,

@@ -183,8 +183,10 @@ class Mixed(base.Quantizer):
         if config.budget:
             bits = set(candidates(config))
         else:
-            rules = [bits for _, bits in parse_pattern(config.pattern)]
-            bits = {*config.kind_bits().values(), *rules} - {16}
+            bits = set(config.kind_bits().values())
+            for wanted, given in parse_pattern(config.pattern):
+                bits = {given} if wanted == "*" else bits | {given}
+            bits -= {16}
         widths, outer = tuple(sorted(bits)), config.outer_bits()
         return Storage("affine", widths, config.group_size, config.symmetric, outer=outer)
 

@@ -46,17 +46,18 @@ class Scheme:
 @dataclass(frozen=True)
 class Quantization:
     """`zero_offset`: GPTQ files of version 1 store zero-points minus 1. `by_layer`: some linears
-    may have other bits than the first scheme says; their shapes tell."""
+    may have other bits or groups than the scheme says; their shapes tell. `other_bits`: which."""
 
     format: FormatName
     schemes: tuple[Scheme, ...]
     zero_offset: int = 0
     by_layer: bool = False
+    other_bits: tuple[int, ...] = ()
 
     @property
     def bits(self) -> int:
         """The fewest bits of any scheme."""
-        return min(scheme.bits for scheme in self.schemes)
+        return min([*(scheme.bits for scheme in self.schemes), *self.other_bits])
 
     @property
     def activation_bits(self) -> int:
@@ -121,8 +122,13 @@ class _Reader:
         group = self.group(settings.get("group_size", -1))
         symmetric = self.boolean("sym", settings.get("sym", True))
         offset = 1 if kind == "gptq" else 0
-        by_layer = bool(settings.get("dynamic"))
-        return Quantization("gptq", (Scheme(bits, group, symmetric),), offset, by_layer)
+        dynamic = settings.get("dynamic") or {}
+        if not isinstance(dynamic, dict):
+            raise self.refuse("has settings by layer (dynamic) that are no JSON object")
+        own = [one["bits"] for one in dynamic.values() if isinstance(one, dict) and "bits" in one]
+        others = tuple(self.integer("bits", value, GPTQ_BITS) for value in own)
+        scheme = Scheme(bits, group, symmetric)
+        return Quantization("gptq", (scheme,), offset, bool(dynamic), others)
 
     def _awq(self) -> Quantization:
         settings = self.settings
