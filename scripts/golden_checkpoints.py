@@ -11,8 +11,8 @@ checkpoint and, in expected.safetensors, the weights that the peer's own code ma
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,7 +23,9 @@ WIDTH, HIDDEN, VOCABULARY = 32, 64, 48
 GPTQ = {
     "gptq-4bit-g16-sym": {"bits": 4, "group_size": 16, "sym": True},
     "gptq-4bit-g16-act-order": {"bits": 4, "group_size": 16, "sym": True, "desc_act": True},
-    "gptq-3bit-row-asym": {"bits": 3, "group_size": -1, "sym": False},
+    "gptq-3bit-row-asym": {
+        "bits": 3, "group_size": -1, "sym": False, "act_group_aware": False,
+    },
     "gptq-4bit-g32-asym-v1": {"bits": 4, "group_size": 32, "sym": False},
     "gptq-2bit-g16-asym-v2": {"bits": 2, "group_size": 16, "sym": False, "format": "gptq_v2"},
     "gptq-8bit-g32-act-order-sharded": {
@@ -56,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the golden checkpoints of one peer.")
     parser.add_argument("peer", choices=["gptqmodel", "autoawq", "compressed-tensors"])
     peer = parser.parse_args().peer
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     import torch
 
     torch.set_num_threads(1)
@@ -131,6 +133,10 @@ def keep(name: str, folder: Path, expected: dict) -> None:
             "config.json", "quantize_config.json", "tokenizer.json", "tokenizer_config.json",
         ):  # fmt: skip
             shutil.copy(file, target / file.name)
+    for file in target.glob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        # GPTQModel names a temporary folder of this machine.
+        file.write_text(re.sub(r'\s*"offload_to_disk_path": "[^"]*",', "", text), encoding="utf-8")
     (target / "expected").mkdir()
     kept = {path: weight.detach().contiguous() for path, weight in expected.items()}
     save_file(kept, target / "expected" / "weights.safetensors")
@@ -190,6 +196,7 @@ def autoawq(original: Path, name: str, group_size: int) -> None:
         calib_data=pieces,
         max_calib_samples=len(pieces),
         max_calib_seq_len=len(pieces[0]),
+        apply_clip=False,  # it asserts rows in multiples of 64
         quantizer_cls=Patched,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +235,6 @@ def compressed_tensors(original: Path, name: str, scheme: dict) -> None:
         if not hasattr(layer, "quantization_scheme"):
             continue
         wanted = layer.quantization_scheme.weights
-        rows = layer.weight.shape[0]
         grouped = {
             "group": lambda w, size=wanted.group_size: w.unflatten(1, (-1, size or 1)),
             "channel": lambda w: w[:, None],
@@ -244,7 +250,6 @@ def compressed_tensors(original: Path, name: str, scheme: dict) -> None:
             scale, zero = calculate_qparams(low, high, inputs)
             layer.input_scale.data.copy_(scale.reshape(layer.input_scale.shape))
             layer.input_zero_point.data.copy_(zero.reshape(layer.input_zero_point.shape))
-        assert rows
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     expected = {}
@@ -260,7 +265,6 @@ def compressed_tensors(original: Path, name: str, scheme: dict) -> None:
         model.save_pretrained(folder, **sharded)
         compressor.update_config(folder)
         AutoTokenizer.from_pretrained(original).save_pretrained(folder)
-        print(json.loads((Path(folder) / "config.json").read_text())["quantization_config"])
         keep(name, Path(folder), expected)
 
 
