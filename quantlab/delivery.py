@@ -1,4 +1,4 @@
-"""Moving a finished artifact to where a person asked for it, and opening one that is there."""
+"""What can be written where, moving it there when it is finished, and opening what is there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,47 @@ from typing import Any
 
 from quantlab.errors import ConfigError
 from quantlab.export import checkpoint, quantlab_format
-from quantlab.export.formats import FORMATS
+from quantlab.export.formats import FORMATS, check_shapes, check_storage
 from quantlab.foreign import identify
 from quantlab.methods import METHODS, configure
 from quantlab.models import ARTIFACT_FILE, ModelSource, locate
 from quantlab.models.loading import load_tokenizer_of
+from quantlab.models.outline import outline
+from quantlab.prepared import Prepared
 from quantlab.results import ResultRecord
 from quantlab.types import RunSpec, VariantSpec
-from quantlab.variants import GGUF_FILE, Prepared
+from quantlab.variants import GGUF_FILE
+
+
+def check_format(variant: VariantSpec, format: str, group_size: int | None = None) -> None:
+    """Refuse pairs of method and file format that do not exist. Raises: ConfigError."""
+    if format not in ("quantlab", "gguf", *FORMATS):
+        raise ConfigError(
+            f"format: unknown {format!r}; choose quantlab, gguf, {', '.join(FORMATS)}"
+        )
+    method = METHODS[variant.method]
+    if not method.quantizes or method.reads_files:
+        raise ConfigError(f"method: {variant.method} does not quantize; there is nothing to write")
+    if variant.method == "onnx_int8":
+        raise ConfigError("method: onnx_int8 is measured by compare only; dynamic_int8 is written")
+    if (variant.method == "gguf") != (format == "gguf"):
+        raise ConfigError(
+            f"format: {variant.method} cannot be written as {format}; "
+            f"use --format {'gguf' if variant.method == 'gguf' else 'quantlab'}"
+        )
+    if format in FORMATS:
+        storage = method.storage(configure(variant, group_size))
+        check_storage(FORMATS[format], storage, variant.label)
+
+
+def check_fit(variant: VariantSpec, format: str, source: ModelSource, spec: RunSpec) -> None:
+    """Refuse a model whose linears the format cannot say, before it is loaded.
+
+    Raises: ConfigError, ModelError."""
+    if format in FORMATS:
+        storage = METHODS[variant.method].storage(configure(variant, spec.group_size))
+        shape = outline(source, trust_remote_code=spec.trust_remote_code)
+        check_shapes(FORMATS[format], storage, shape, variant.label)
 
 
 def check_out(out: Path, format: str) -> None:

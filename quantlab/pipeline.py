@@ -17,7 +17,15 @@ from torch import Tensor
 
 from quantlab import keys
 from quantlab.answers import answer_prompts, mark_divergence
-from quantlab.delivery import blank_record, check_out, deliver, open_as_is, writable_parent
+from quantlab.delivery import (
+    blank_record,
+    check_fit,
+    check_format,
+    check_out,
+    deliver,
+    open_as_is,
+    writable_parent,
+)
 from quantlab.engine import Sampler
 from quantlab.environment import default_threads, machine, network_available, resolve_device
 from quantlab.errors import ConfigError, ModelError, QuantLabError
@@ -42,7 +50,7 @@ from quantlab.types import (
     VariantStarted,
     ignore,
 )
-from quantlab.variants import check_fit, check_format, open_runner, prepare_variant
+from quantlab.variants import open_runner, prepare_variant
 
 __all__ = [
     "answer",

@@ -17,7 +17,7 @@ OptionValue = bool | int | float | str
 
 
 NAMED_BY = {"gguf": "type", "checkpoint": "path"}
-"""Methods that an option names rather than bits, after the colon: `gguf:q4_k_m`, `checkpoint:DIR`."""
+"""Methods that have an option after the colon, not bits: `gguf:q4_k_m`, `checkpoint:DIR`."""
 
 
 @dataclass(frozen=True, slots=True)

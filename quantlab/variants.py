@@ -19,14 +19,13 @@ from quantlab import keys
 from quantlab.artifacts import prune
 from quantlab.blockwise import quantize_blocks, quantize_outer, train_blocks
 from quantlab.environment import default_threads, resolve_device
-from quantlab.errors import ConfigError, MethodError
+from quantlab.errors import MethodError
 from quantlab.export import checkpoint, checkpoint_reader, gguf, onnx_int8, quantlab_format
-from quantlab.export.formats import FORMATS, check_shapes, check_storage
+from quantlab.export.formats import FORMATS
 from quantlab.foreign import adopt
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.models import LoadedModel, ModelSource, load
-from quantlab.models.outline import outline
 from quantlab.outer import check_outer, pack_outer
 from quantlab.packing import PackedWeight
 from quantlab.paths import home
@@ -41,36 +40,6 @@ ONNX_FILE = "model.onnx"
 MAX_CONTEXT = 2048
 CHECKPOINT_BYTES = 4 * 2**30
 """Kept of trainings that were stopped, the least recently used removed first."""
-
-def check_format(variant: VariantSpec, format: str, group_size: int | None = None) -> None:
-    """Refuse pairs of method and file format that do not exist. Raises: ConfigError."""
-    if format not in ("quantlab", "gguf", *FORMATS):
-        raise ConfigError(
-            f"format: unknown {format!r}; choose quantlab, gguf, {', '.join(FORMATS)}"
-        )
-    method = METHODS[variant.method]
-    if not method.quantizes or method.reads_files:
-        raise ConfigError(f"method: {variant.method} does not quantize; there is nothing to write")
-    if variant.method == "onnx_int8":
-        raise ConfigError("method: onnx_int8 is measured by compare only; dynamic_int8 is written")
-    if (variant.method == "gguf") != (format == "gguf"):
-        raise ConfigError(
-            f"format: {variant.method} cannot be written as {format}; "
-            f"use --format {'gguf' if variant.method == 'gguf' else 'quantlab'}"
-        )
-    if format in FORMATS:
-        storage = method.storage(configure(variant, group_size))
-        check_storage(FORMATS[format], storage, variant.label)
-
-
-def check_fit(variant: VariantSpec, format: str, source: ModelSource, spec: RunSpec) -> None:
-    """Refuse a model whose linears the format cannot say, before it is loaded.
-
-    Raises: ConfigError, ModelError."""
-    if format in FORMATS:
-        storage = METHODS[variant.method].storage(configure(variant, spec.group_size))
-        shape = outline(source, trust_remote_code=spec.trust_remote_code)
-        check_shapes(FORMATS[format], storage, shape, variant.label)
 
 
 def prepare_variant(

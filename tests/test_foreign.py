@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from quantlab import pipeline
 from quantlab.errors import ConfigError, ModelError
 from quantlab.foreign import adopt
-from quantlab.methods import METHODS, configure, parse_variant, parse_variants
+from quantlab.methods import configure, parse_variant, parse_variants
 from quantlab.models import locate
 from quantlab.plots.palette import variant_label
 from quantlab.store import Store
-from quantlab.types import RunSpec, VariantSpec
+from quantlab.types import RunSpec
 from tests.tiny import saved
 
 pytestmark = pytest.mark.usefixtures("exact", "home")
@@ -105,7 +105,7 @@ def test_other_words_and_other_rows_are_refused(original: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     stored["model.embed_tokens.weight"] = stored["model.embed_tokens.weight"][:300].clone()
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="vocabulary of 300, .* of 384"):
+    with pytest.raises(ModelError, match=r"vocabulary of 300, .* of 384"):
         adopt(str(folder), locate(str(original)))
     record = pipeline.compare(spec_of(original, f"checkpoint:{folder}"))[0]
     assert record.status == "failed"

@@ -170,7 +170,7 @@ def common_group(packed: Mapping[str, AffineWeight], title: str) -> int | None:
         if min(size, weight.columns) != weight.group_size or weight.columns % size:
             raise ConfigError(
                 f"{title} files have one group size for all linears, and it divides their columns: "
-                f"{path} has {weight.columns} columns in groups of {weight.group_size}, others have "
+                f"{path} has {weight.columns} columns in groups of {weight.group_size}, others "
                 f"groups of {size}"
             )
     return size

@@ -166,7 +166,9 @@ def _layer(
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear):
-        raise ModelError(f"model: {folder} has packed weights for {path[:80]}, no linear of its model")
+        raise ModelError(
+            f"model: {folder} has packed weights for {path[:80]}, no linear of its model"
+        )
     rows, columns = linear.weight.shape
     where = f"{folder}: {path}"
     stored = {

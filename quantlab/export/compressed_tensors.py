@@ -179,7 +179,9 @@ class CompressedTensorsFormat(CheckpointFormat):
             zeros = None if zeros is None else _from_int8(zeros).reshape(scales.shape)
         else:
             if tuple(tensors["weight_shape"].tolist()) != shape:
-                raise ConfigError(f"weight_shape is {tensors['weight_shape'].tolist()}, not {shape}")
+                raise ConfigError(
+                    f"weight_shape is {tensors['weight_shape'].tolist()}, not {shape}"
+                )
             codes = from_words(tensors["weight_packed"], bits, columns)
             zeros = None if zeros is None else from_words(zeros.t(), bits, rows).t()
         activation = None
@@ -253,4 +255,3 @@ def _activation(kind: Inputs, tensors: Mapping[str, Tensor]) -> Activation:
         raise ConfigError(f"input_scale is {scale}, which is no step")
     zero = tensors.get("input_zero_point")
     return Activation(kind, scale, 128 if zero is None else int(zero.reshape(())) + 128)
-

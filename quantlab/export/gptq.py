@@ -93,7 +93,7 @@ class GPTQFormat(CheckpointFormat):
         return {"quantize_config.json": settings}
 
     def encode(self, weight: AffineWeight) -> dict[str, Tensor]:
-        codes, scales, zeros = weight.unpacked()
+        codes, _, zeros = weight.unpacked()
         offset = 1 if weight.symmetric else 0
         return {
             "qweight": to_words(codes, weight.bits).t().contiguous(),
@@ -148,9 +148,9 @@ class GPTQFormat(CheckpointFormat):
         size = columns if scheme.group_size is None else min(scheme.group_size, columns)
         codes = from_words(tensors["qweight"].t(), bits, columns)
         scales = base.checked_scales(tensors["scales"].t())
-        zeros = _zeros(tensors["qzeros"], bits, rows, quantization.zero_offset).t()
-        if scheme.symmetric and bool((zeros == 2 ** (bits - 1)).all()):
-            zeros = None
+        stored_zeros = _zeros(tensors["qzeros"], bits, rows, quantization.zero_offset).t()
+        middle = scheme.symmetric and bool((stored_zeros == 2 ** (bits - 1)).all())
+        zeros = None if middle else stored_zeros
 
         def build(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> AffineWeight:
             return affine(codes, scales, zeros, bits, size, scale_dtype=scales.dtype)

@@ -239,6 +239,7 @@ class Quantizer(ABC):
     def check(self, config: Any) -> None:
         """Refuse what can be seen to fail before a run starts, by looking at files for instance;
         a `Config` refuses only what its own values say. Raises: ConfigError, ModelError."""
+        config.validate()
 
     def weight_bits(self, config: Any) -> int:
         """Nominal bits a weight, without scales."""

@@ -115,7 +115,9 @@ class _Reader:
         settings = self.settings
         kind = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if settings.get("is_marlin_format") or kind not in ("gptq", "gptq_v2"):
-            raise self.refuse(f"has GPTQ weights in the layout {kind!r}; QuantLab reads gptq (v1, v2)")
+            raise self.refuse(
+                f"has GPTQ weights in the layout {kind!r}; QuantLab reads gptq (v1, v2)"
+            )
         if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
             raise self.refuse(f"packs its codes into {settings['pack_dtype']!r}, not int32")
         bits = self.integer("bits", settings.get("bits"), GPTQ_BITS)
@@ -174,7 +176,9 @@ class _Reader:
         size = weights.get("group_size")
         strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
         if strategy not in ("tensor", "channel", "group"):
-            raise self.refuse(f"has weight scales by {strategy!r}; QuantLab reads channel and group")
+            raise self.refuse(
+                f"has weight scales by {strategy!r}; QuantLab reads channel and group"
+            )
         targets = group.get("targets")
         if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
             raise self.refuse("has a config group without targets")

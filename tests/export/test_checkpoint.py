@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from quantlab.blockwise import quantize_blocks
+from quantlab.delivery import check_format
 from quantlab.errors import ConfigError, ModelError
 from quantlab.export import checkpoint, checkpoint_reader
 from quantlab.export.formats import FORMATS, check_shapes
@@ -29,7 +30,6 @@ from quantlab.packing import (
     describe,
 )
 from quantlab.types import VariantSpec
-from quantlab.variants import check_format
 from tests.tiny import logits, saved, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")

@@ -135,7 +135,9 @@ def test_a_peer_says_the_same(
     assert error < tolerance(model.module, ours, unit, quantized, half)
 
 
-def tolerance(module: torch.nn.Module, ours: Tensor, unit: float, quantized: bool, half: bool) -> float:
+def tolerance(
+    module: torch.nn.Module, ours: Tensor, unit: float, quantized: bool, half: bool
+) -> float:
     """Relative error of the logits that roundings explain. Weights that the peer has rounded to
     float16 add a unit of float16 for each linear; inputs of 8 bits that fall on another side of a
     rounding boundary add a step of 1/127 each, of which few do in float32."""

@@ -1,4 +1,4 @@
-"""How GPTQ, AWQ and compressed-tensors keep a linear, against the peers' loops and Python's ints."""
+"""How the formats keep a linear, against the peers' loops and Python's integers."""
 
 from __future__ import annotations
 
@@ -133,9 +133,7 @@ def test_gptq_comes_back(
 def test_awq_comes_back(rows: int, columns: int, seed: int) -> None:
     weight = weight_of(rows, columns, 4, 32, seed=seed)
     format = FORMATS["awq"]
-    same(
-        decoded(format, format.encode(weight), quantization("awq", weight), weight.shape), weight
-    )
+    same(decoded(format, format.encode(weight), quantization("awq", weight), weight.shape), weight)
 
 
 @settings(max_examples=30, deadline=None)
