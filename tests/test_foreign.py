@@ -170,7 +170,7 @@ def test_formats_refuse_before_the_model_is_loaded(
     [
         ("checkpoint:a/b-gptq", "a/b-gptq", "checkpoint:a/b-gptq", "Checkpoint b-gptq"),
         ("checkpoint:path=a/b/", "a/b/", "checkpoint:a/b/", "Checkpoint b"),
-        ("checkpoint:C:\\m\\q.gguf", "C:\\m\\q.gguf", "checkpoint:C:\\m\\q.gguf", None),
+        ("checkpoint:D:\\m\\q.gguf", "D:\\m\\q.gguf", "checkpoint:D:\\m\\q.gguf", None),
         ("checkpoint", "", "checkpoint", "Checkpoint"),
     ],
 )

@@ -29,17 +29,15 @@ SHARD = 60_000
 
 CASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "gptqmodel": ("gptqmodel", "gptq", [
-        ("qwen2", "rtn:4:symmetric=true"), ("llama", "rtn:3"), ("llama", "rtn:2"),
-        ("gpt2", "rtn:4"), ("llama", "rtn:8:granularity=channel"), ("opt", "rtn:4"),
-        ("llama", "mixed:arithmetic=rtn"), ("llama", "mixed:arithmetic=rtn:attention_bits=16"),
-        ("llama", "gptq:4"),
+        ("qwen2", "rtn:4:symmetric=true"), ("llama", "rtn:3"), ("gpt2", "rtn:2"),
+        ("llama", "rtn:8:granularity=channel"),
+        ("llama", "mixed:arithmetic=rtn:pattern=*.o_proj=16"),
     ]),
     "awq_transformers": ("gptqmodel", "awq", [("qwen2", "rtn:4"), ("llama", "awq:4")]),
     "autoawq": ("awq", "awq", [("qwen2", "rtn:4"), ("llama", "awq:4")]),
     "compressed_tensors": ("gptqmodel", "compressed-tensors", [
-        ("qwen2", "rtn:4"), ("llama", "rtn:4:symmetric=true"), ("opt", "rtn:8:symmetric=true"),
-        ("llama", "rtn:4:granularity=channel"), ("llama", "mixed:arithmetic=rtn"),
-        ("llama", "smoothquant:8"), ("llama", "dynamic_int8:8:activations=token"),
+        ("qwen2", "rtn:4"), ("opt", "rtn:8:symmetric=true"), ("llama", "mixed:arithmetic=rtn"),
+        ("llama", "rtn:4:granularity=channel"), ("llama", "smoothquant:8"),
         ("qwen2", "smoothquant:8:activations=dynamic"),
         ("llama", "dynamic_int8:8:activations=token:per_channel=false"),
     ]),
