@@ -9,7 +9,7 @@ from quantlab.errors import ModelError
 from quantlab.export.checkpoint_reader import TOKENIZER_FILES, survey
 from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.methods import METHODS
-from quantlab.models import ARTIFACT_FILE, ModelSource, locate
+from quantlab.models import ARTIFACT_FILE, ModelSource, hub, locate
 from quantlab.models.gguf_header import read_header
 from quantlab.models.json_files import read_json
 from quantlab.models.loading import load_tokenizer_of
@@ -21,8 +21,11 @@ from quantlab.types import VariantSpec
 def identify(source: ModelSource) -> tuple[VariantSpec, Prepared] | None:
     """The variant that a quantized source is, and its weights; None for one that is not quantized.
 
-    Raises: ModelError.
+    A quantized model of the Hub is fetched. Raises: ModelError.
     """
+    if source.kind == "hub":
+        known = hub.quantized_config(source.name)
+        return None if known is None else checkpoint_folder(hub.fetch(source.name), source.name)
     if source.path is None:
         return None
     if source.kind == "gguf":
@@ -42,9 +45,12 @@ def adopt(path: str, original: ModelSource) -> Prepared:
     source = locate(path)
     found = identify(source)
     if found is None:
-        raise ModelError(f"model: {path} is not quantized; compare it with --model {path}")
+        raise ModelError(f"model: {path} is not quantized; compare it as --model")
+    prepared = found[1]
+    if source.kind == "hub":
+        source = locate(str(prepared.path))
     check_vocabulary(source, original)
-    return found[1]
+    return prepared
 
 
 def check_vocabulary(source: ModelSource, original: ModelSource) -> None:
@@ -102,9 +108,9 @@ def quantlab_folder(path: Path) -> tuple[VariantSpec, Prepared]:
     return variant, Prepared("quantlab", path, size, parameters)
 
 
-def checkpoint_folder(path: Path) -> tuple[VariantSpec, Prepared]:
-    """A folder of GPTQ, AWQ or compressed-tensors weights. Raises: ModelError."""
+def checkpoint_folder(path: Path, name: str | None = None) -> tuple[VariantSpec, Prepared]:
+    """A folder of GPTQ, AWQ or compressed-tensors weights, known as `name`. Raises: ModelError."""
     about = survey(path).about
     size, parameters = about.pop("size_bytes"), about.pop("parameters")
     prepared = Prepared("checkpoint", path, size, parameters, details={"checkpoint": about})
-    return VariantSpec("checkpoint", None, (("path", str(path)),)), prepared
+    return VariantSpec("checkpoint", None, (("path", name or str(path)),)), prepared

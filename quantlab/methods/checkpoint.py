@@ -16,14 +16,15 @@ from quantlab.calibration import ActStats
 from quantlab.errors import ConfigError, MethodError, ModelError
 from quantlab.ggml.mixes import FILE_TYPES
 from quantlab.methods import base
-from quantlab.models import ARTIFACT_FILE, Block, ModelSource, locate
+from quantlab.models import ARTIFACT_FILE, Block, ModelSource, hub, locate
 from quantlab.models.gguf_header import read_header
 from quantlab.models.json_files import read_json
 from quantlab.models.quantization import quantization_of
+from quantlab.models.source import HUB_ID
 from quantlab.packing import PackedWeight
 from quantlab.paths import find
 
-KINDS = ("checkpoint", "gguf", "quantlab")
+KINDS = ("checkpoint", "gguf", "quantlab", "hub")
 UNKNOWN_BITS = 0
 """Bits of files that do not say how many; a record needs a number."""
 
@@ -32,9 +33,9 @@ UNKNOWN_BITS = 0
 class CheckpointConfig(base.Config):
     path: str = base.option(
         "",
-        "Folder or .gguf file",
-        "Weights quantized elsewhere: a folder in GPTQ, AWQ or compressed-tensors format, a folder "
-        "that quantize wrote, or a .gguf file.",
+        "Folder, .gguf file or Hub id",
+        "Weights quantized elsewhere: a folder (or Hub id) in GPTQ, AWQ or compressed-tensors "
+        "format, a folder that quantize wrote, or a .gguf file.",
     )
 
 
@@ -65,7 +66,8 @@ class Checkpoint(base.Quantizer):
                 "checkpoint:smollm2-gptq"
             )
         source = locate(config.path)
-        if source.kind not in KINDS:
+        plain = source.kind == "hub" and hub.quantized_config(source.name) is None
+        if source.kind not in KINDS or plain:
             raise ModelError(f"model: {config.path} is not quantized; compare it as --model")
         return source
 
@@ -77,8 +79,11 @@ class Checkpoint(base.Quantizer):
 
     def _bits(self, config: CheckpointConfig) -> tuple[int, int]:
         """(weight, activation) bits, as far as the files say."""
-        path = find(config.path) if config.path.strip() else None
+        name = config.path.strip()
         try:
+            path = find(name) if name else None
+            if path is None and HUB_ID.fullmatch(name):
+                path = hub.quantized_config(name)
             if path is None:
                 return UNKNOWN_BITS, 16
             if path.is_file():
