@@ -20,8 +20,9 @@ from benchmarks.phases import LOADING, OTHER, WRITING, watching
 from quantlab.methods import METHODS
 from quantlab.metrics.quality import measure_quality
 from quantlab.models import LoadedModel, locate
+from quantlab.prepared import Prepared
 from quantlab.types import RunSpec, VariantSpec, ignore
-from quantlab.variants import Prepared, open_runner, prepare_variant
+from quantlab.variants import open_runner, prepare_variant
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = Path(__file__).with_name("peers")

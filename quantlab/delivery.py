@@ -1,23 +1,55 @@
-"""Moving a finished artifact to where a person asked for it, and opening one that is there."""
+"""What can be written where, moving it there when it is finished, and opening what is there."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
-from quantlab.errors import ConfigError, ModelError
-from quantlab.export import quantlab_format
+from quantlab.errors import ConfigError
+from quantlab.export import checkpoint, quantlab_format
+from quantlab.export.formats import FORMATS, check_shapes, check_storage
+from quantlab.foreign import identify
 from quantlab.methods import METHODS, configure
 from quantlab.models import ARTIFACT_FILE, ModelSource, locate
-from quantlab.models.gguf_header import read_header
 from quantlab.models.loading import load_tokenizer_of
-from quantlab.models.source import read_json
+from quantlab.models.outline import outline
+from quantlab.prepared import Prepared
 from quantlab.results import ResultRecord
 from quantlab.types import RunSpec, VariantSpec
-from quantlab.variants import GGUF_FILE, Prepared
+from quantlab.variants import GGUF_FILE
+
+
+def check_format(variant: VariantSpec, format: str, group_size: int | None = None) -> None:
+    """Refuse pairs of method and file format that do not exist. Raises: ConfigError."""
+    if format not in ("quantlab", "gguf", *FORMATS):
+        raise ConfigError(
+            f"format: unknown {format!r}; choose quantlab, gguf, {', '.join(FORMATS)}"
+        )
+    method = METHODS[variant.method]
+    if not method.quantizes or method.reads_files:
+        raise ConfigError(f"method: {variant.method} does not quantize; there is nothing to write")
+    if variant.method == "onnx_int8":
+        raise ConfigError("method: onnx_int8 is measured by compare only; dynamic_int8 is written")
+    if (variant.method == "gguf") != (format == "gguf"):
+        raise ConfigError(
+            f"format: {variant.method} cannot be written as {format}; "
+            f"use --format {'gguf' if variant.method == 'gguf' else 'quantlab'}"
+        )
+    if format in FORMATS:
+        storage = method.storage(configure(variant, group_size))
+        check_storage(FORMATS[format], storage, variant.label)
+
+
+def check_fit(variant: VariantSpec, format: str, source: ModelSource, spec: RunSpec) -> None:
+    """Refuse a model whose linears the format cannot say, before it is loaded.
+
+    Raises: ConfigError, ModelError."""
+    if format in FORMATS:
+        storage = METHODS[variant.method].storage(configure(variant, spec.group_size))
+        shape = outline(source, trust_remote_code=spec.trust_remote_code)
+        check_shapes(FORMATS[format], storage, shape, variant.label)
 
 
 def check_out(out: Path, format: str) -> None:
@@ -26,6 +58,8 @@ def check_out(out: Path, format: str) -> None:
         target = gguf_target(out)
         if target.is_dir():
             raise ConfigError(f"out: {target} is a folder; name a .gguf file or another folder")
+    elif format in FORMATS:
+        checkpoint.check_target(out)
     else:
         quantlab_format.check_target(out)
 
@@ -50,10 +84,11 @@ def deliver(prepared: Prepared, out: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         prepared.path.replace(target)
         return target
-    record = prepared.path / ARTIFACT_FILE
-    about = json.loads(record.read_text(encoding="utf-8"))
-    about |= {"parameters": prepared.parameters, "size_bytes": prepared.size_bytes}
-    record.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    if prepared.kind == "quantlab":
+        record = prepared.path / ARTIFACT_FILE
+        about = json.loads(record.read_text(encoding="utf-8"))
+        about |= {"parameters": prepared.parameters, "size_bytes": prepared.size_bytes}
+        record.write_text(json.dumps(about, indent=1), encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         shutil.rmtree(out)
@@ -70,45 +105,14 @@ def open_as_is(spec: RunSpec) -> tuple[VariantSpec, Prepared, ModelSource, Any]:
         spec.model, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code
     )
     tokenizer = load_tokenizer_of(source)
-    if source.kind == "gguf":
-        assert source.path is not None
-        return *_gguf_file(source.path), source, tokenizer
-    if source.kind == "quantlab":
-        assert source.path is not None
-        return *_quantlab_folder(source.path), source, tokenizer
+    found = identify(source)
+    if found is not None:
+        return *found, source, tokenizer
     variant = VariantSpec("bf16")
     from quantlab.variants import prepare_variant
 
     prepared = prepare_variant(variant, source, None, Path(), spec, lambda event: None)
     return variant, prepared, source, tokenizer
-
-
-def _gguf_file(path: Path) -> tuple[VariantSpec, Prepared]:
-    from quantlab.ggml.mixes import FILE_TYPES
-
-    header = read_header(path)
-    field = header.fields.get("general.file_type")
-    number = None if field is None else int(field.values[0])
-    names = [name for name, entry in FILE_TYPES.items() if entry.ftype == number]
-    tensors = header.tensors.values()
-    size = sum(tensor.size for tensor in tensors)
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    options = (("type", names[0]),) if names else ()
-    return VariantSpec("gguf", None, options), Prepared("gguf", path, size, parameters)
-
-
-def _quantlab_folder(path: Path) -> tuple[VariantSpec, Prepared]:
-    about = read_json(path / ARTIFACT_FILE)
-    try:
-        method, config = str(about["method"]), dict(about["config"])
-        size, parameters = int(about["size_bytes"]), int(about["parameters"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"model: {path.name}/{ARTIFACT_FILE} is incomplete ({error})") from None
-    if method not in METHODS:
-        raise ModelError(f"model: {path.name} was made by an unknown method {method!r}")
-    bits = config.pop("bits", None)
-    variant = VariantSpec(method, bits, tuple(sorted(config.items())))
-    return variant, Prepared("quantlab", path, size, parameters)
 
 
 def blank_record(

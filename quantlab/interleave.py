@@ -9,9 +9,11 @@ from typing import Any
 
 from quantlab.answers import Answering, mark_divergence
 from quantlab.errors import ModelError, QuantLabError
-from quantlab.methods import METHODS
+from quantlab.foreign import adopt
+from quantlab.methods import METHODS, configure
 from quantlab.models import ModelSource
 from quantlab.models.loading import load_tokenizer_of
+from quantlab.prepared import Prepared
 from quantlab.results import ResultRecord
 from quantlab.runners import Runner
 from quantlab.store import Store
@@ -24,7 +26,7 @@ from quantlab.types import (
     VariantSpec,
     VariantStarted,
 )
-from quantlab.variants import Prepared, open_runner, read_about
+from quantlab.variants import open_runner, read_about
 
 
 def answer_together(
@@ -95,7 +97,9 @@ def _open(
     record: ResultRecord, variant: VariantSpec, source: ModelSource, spec: RunSpec, store: Store
 ) -> Runner:
     prepared: Prepared | None = Prepared("unquantized", store.root, 0, 1)
-    if METHODS[record.method].quantizes:
+    if METHODS[record.method].reads_files:
+        prepared = adopt(configure(variant).path, source)
+    elif METHODS[record.method].quantizes:
         prepared = read_about(store.artifact(record.artifact)) if record.artifact else None
     if prepared is None:
         raise ModelError(

@@ -25,10 +25,12 @@ def artifact_key(
     calibration: str | None,
     ids: Tensor | None,
     seed: int,
+    content: str | None = None,
 ) -> str:
     """Of quantized weights: model, method, its whole config, calibration tokens, seed.
 
-    `calibration` and `ids` are None for methods that need no data.
+    `calibration` and `ids` are None for methods that need no data; `content` identifies the files
+    that an option names.
     """
     tokens = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     shape = None if ids is None else list(ids.shape)
@@ -41,6 +43,7 @@ def artifact_key(
             "tokens": tokens,
             "shape": shape,
             "seed": seed,
+            "content": content,
         }
     )
 

@@ -18,6 +18,7 @@ from quantlab.packing import (
     GGMLWeight,
     OutlierWeight,
     PackedWeight,
+    PermutedWeight,
     describe,
     pack_bits,
     restore,
@@ -67,6 +68,8 @@ class QuantLinear(nn.Module):
     def _prepare(self, weight: PackedWeight, bias: Tensor | None) -> tuple[Choice, Prepared | None]:
         if isinstance(weight, OutlierWeight):
             return self._prepare_outlier(weight, bias)
+        if isinstance(weight, PermutedWeight):
+            weight = weight.inner
         if not isinstance(weight, AffineWeight):
             kind = getattr(weight, "type", getattr(weight, "codebook", type(weight).__name__))
             return dispatch.fallback(f"no kernel for {kind} weights"), None
@@ -117,6 +120,11 @@ class QuantLinear(nn.Module):
         return self._prepared
 
     @property
+    def input_order(self) -> Tensor | None:
+        """Columns of the input in the order in which the kernel wants them; None: as they are."""
+        return self._buffers.get("order")
+
+    @property
     def weight_packed(self) -> PackedWeight:
         """The plain packed weight, bit for bit the one the layer was made from."""
         if self._plain is not None:
@@ -125,7 +133,7 @@ class QuantLinear(nn.Module):
         tensors = {
             name: tensor
             for name, tensor in self._buffers.items()
-            if tensor is not None and name in ("scales", "zeros")
+            if tensor is not None and name in ("scales", "zeros", "order")
         }
         codes, bits = self._prepared.codes(), self._description.get("bits")
         if isinstance(bits, int):
@@ -146,12 +154,16 @@ class QuantLinear(nn.Module):
             raise ValueError(f"input has {x.shape[-1]} features, this layer {self.in_features}")
         shape = (*x.shape[:-1], self.out_features)
         rows = x.detach().reshape(-1, self.in_features).to(self.dtype)
+        if self.input_order is not None:
+            rows = rows.index_select(1, self.input_order)
         y = self._simulate(rows) if self._prepared is None else self._prepared(rows)
         return y.to(x.dtype).view(shape)
 
     def _simulate(self, x: Tensor) -> Tensor:
         weight = self._plain
         assert weight is not None
+        if isinstance(weight, PermutedWeight):
+            weight = weight.inner  # the columns of x are in its order
 
         def tile(first: int, last: int) -> Tensor:
             return dequantize_rows(weight, first, last)
@@ -182,10 +194,10 @@ class QuantLinear(nn.Module):
         """`.to(device)`: move the plain weight and choose again there. Dtypes stay as they are."""
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
         if device != self.device:
-            weight: Any = self.weight_packed
-            moved = {name: tensor.to(device) for name, tensor in weight.tensors().items()}
+            tensors = self.weight_packed.tensors()
+            moved = {name: tensor.to(device) for name, tensor in tensors.items()}
             bias = None if self.bias is None else self.bias.to(device)
-            self._install(dataclasses.replace(weight, **moved), bias)
+            self._install(restore(self._description, moved), bias)
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

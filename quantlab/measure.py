@@ -12,9 +12,10 @@ from quantlab.errors import MethodError
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.metrics.quality import Reference, measure_quality
 from quantlab.models import ModelSource
+from quantlab.prepared import Prepared
 from quantlab.results import ResultRecord
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
-from quantlab.variants import Prepared, open_runner
+from quantlab.variants import open_runner
 
 
 def measure(

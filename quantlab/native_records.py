@@ -49,6 +49,8 @@ def refusal(module: Any) -> str | None:
     for linear in (*linears_of(module), module.get_output_embeddings()):
         if isinstance(linear, nn.Linear) and linear.weight.dtype != torch.bfloat16:
             return f"the native decoder takes no {linear.weight.dtype} weights"
+        if isinstance(linear, QuantLinear) and linear.input_order is not None:
+            return "the native decoder does not reorder the columns of an input (act-order)"
         if isinstance(linear, QuantLinear) and not isinstance(linear.prepared, NativeLinear):
             form = native_form(linear.weight_packed)
             if form is not None:

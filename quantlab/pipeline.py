@@ -17,7 +17,15 @@ from torch import Tensor
 
 from quantlab import keys
 from quantlab.answers import answer_prompts, mark_divergence
-from quantlab.delivery import blank_record, check_out, deliver, open_as_is, writable_parent
+from quantlab.delivery import (
+    blank_record,
+    check_fit,
+    check_format,
+    check_out,
+    deliver,
+    open_as_is,
+    writable_parent,
+)
 from quantlab.engine import Sampler
 from quantlab.environment import default_threads, machine, network_available, resolve_device
 from quantlab.errors import ConfigError, ModelError, QuantLabError
@@ -42,7 +50,7 @@ from quantlab.types import (
     VariantStarted,
     ignore,
 )
-from quantlab.variants import check_format, open_runner, prepare_variant
+from quantlab.variants import open_runner, prepare_variant
 
 __all__ = [
     "answer",
@@ -67,7 +75,7 @@ def validate(spec: RunSpec) -> None:
     for variant in spec.variants:
         if labels.count(variant.label) > 1:
             raise ConfigError(f"methods: {variant.label} is named twice")
-        configure(variant, spec.group_size)
+        METHODS[variant.method].check(configure(variant, spec.group_size))
     for name, least in (
         ("group_size", 1),
         ("calibration_tokens", 1),
@@ -268,6 +276,7 @@ def _measure(
         None if calibration is None else calibration.name,
         None if calibration is None else calibration.ids,
         spec.seed,
+        METHODS[variant.method].content(configure(variant, spec.group_size)),
     )
     key = keys.record_key(artifact, spec, setting.windows, described["device"])
     known = store.cached(key)
@@ -337,12 +346,13 @@ def _same_model(records: Sequence[ResultRecord], spec: RunSpec) -> ModelSource:
 def quantize(
     spec: RunSpec, variant: VariantSpec, out: Path, format: str = "quantlab", emit: Emit = ignore
 ) -> Path:
-    """Quantize and write: a folder (`quantlab`) or a .gguf file. Returns what was written.
+    """Quantize and write: a folder in the `format` named, or a .gguf file. Returns what was
+    written.
 
     `spec` gives model, calibration, group size, threads and seed. Raises: ConfigError, ModelError,
     TextError, StorageError.
     """
-    check_format(variant, format)
+    check_format(variant, format, spec.group_size)
     check_out(out, format)
     spec = dataclasses.replace(spec, variants=(variant,), eval_tokens=spec.window)
     validate(spec)
@@ -350,11 +360,13 @@ def quantize(
     source = locate(
         spec.model, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code
     )
+    check_fit(variant, format, source, spec)
     ids = None
     if needs_calibration(variant, spec):
         ids = _calibration(load(source, allow_pickle=spec.allow_pickle), spec, emit).ids
     with storage_errors(out), tempfile.TemporaryDirectory(dir=writable_parent(out)) as folder:
-        prepared = prepare_variant(variant, source, ids, Path(folder) / "new", spec, Meter(emit, 1))
+        new, meter = Path(folder) / "new", Meter(emit, 1)
+        prepared = prepare_variant(variant, source, ids, new, spec, meter, format)
         return deliver(prepared, out)
 
 

@@ -16,12 +16,16 @@ Status = Literal["finished", "failed", "cancelled"]
 OptionValue = bool | int | float | str
 
 
+NAMED_BY = {"gguf": "type", "checkpoint": "path"}
+"""Methods that have an option after the colon, not bits: `gguf:q4_k_m`, `checkpoint:DIR`."""
+
+
 @dataclass(frozen=True, slots=True)
 class VariantSpec:
     """One column of a comparison: a method, its bits, and options that differ from its defaults.
 
     `bits` is the number after the colon (`gptq:4`), None where the method has none to choose
-    (`bf16`) or names a type instead (`gguf:q4_k_m`, kept in `options` as `type`).
+    (`bf16`) or names something else instead (`gguf:q4_k_m`, kept in `options` as `type`).
     """
 
     method: str
@@ -33,8 +37,9 @@ class VariantSpec:
         """The variant as the command line writes it: `gptq:4:act_order=false`."""
         options = dict(self.options)
         head = [self.method]
-        if self.method == "gguf" and "type" in options:
-            head.append(str(options.pop("type")))
+        named = NAMED_BY.get(self.method)
+        if named in options:
+            head.append(str(options.pop(named)))
         elif self.bits is not None:
             head.append(str(self.bits))
         return ":".join(head + [f"{key}={_plain(value)}" for key, value in options.items()])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,17 @@ from quantlab import keys
 from quantlab.artifacts import prune
 from quantlab.blockwise import quantize_blocks, quantize_outer, train_blocks
 from quantlab.environment import default_threads, resolve_device
-from quantlab.errors import ConfigError, MethodError
-from quantlab.export import gguf, onnx_int8, quantlab_format
+from quantlab.errors import MethodError
+from quantlab.export import checkpoint, checkpoint_reader, gguf, onnx_int8, quantlab_format
+from quantlab.export.formats import FORMATS
+from quantlab.foreign import adopt
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.models import LoadedModel, ModelSource, load
 from quantlab.outer import check_outer, pack_outer
 from quantlab.packing import PackedWeight
 from quantlab.paths import home
+from quantlab.prepared import Kind, Prepared
 from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, open_module
 from quantlab.training.workshop import Workshop
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
@@ -38,40 +41,6 @@ MAX_CONTEXT = 2048
 CHECKPOINT_BYTES = 4 * 2**30
 """Kept of trainings that were stopped, the least recently used removed first."""
 
-Kind = Literal["unquantized", "quantlab", "gguf", "onnx"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Quantized weights on disk. `seconds` and `peak_rss` are of the quantizing itself, None where
-    nothing was quantized; `size_bytes` of all weights; `fallbacks` what could not be had; `details`
-    what the method reports of its plan; `curves` the losses of a training."""
-
-    kind: Kind
-    path: Path
-    size_bytes: int
-    parameters: int
-    seconds: float | None = None
-    peak_rss: int | None = None
-    fallbacks: tuple[str, ...] = ()
-    details: dict[str, Any] = field(default_factory=dict)
-    curves: dict[str, list[list[float]]] = field(default_factory=dict)
-
-
-def check_format(variant: VariantSpec, format: str) -> None:
-    """Refuse pairs of method and file format that do not exist. Raises: ConfigError."""
-    if format not in ("quantlab", "gguf"):
-        raise ConfigError(f"format: unknown {format!r}; choose quantlab or gguf")
-    if not METHODS[variant.method].quantizes:
-        raise ConfigError(f"method: {variant.method} does not quantize; there is nothing to write")
-    if variant.method == "onnx_int8":
-        raise ConfigError("method: onnx_int8 is measured by compare only; dynamic_int8 is written")
-    if (variant.method == "gguf") != (format == "gguf"):
-        raise ConfigError(
-            f"format: {variant.method} cannot be written as {format}; "
-            f"use --format {'gguf' if variant.method == 'gguf' else 'quantlab'}"
-        )
-
 
 def prepare_variant(
     variant: VariantSpec,
@@ -80,14 +49,18 @@ def prepare_variant(
     folder: Path,
     spec: RunSpec,
     emit: Emit,
+    format: str = "quantlab",
 ) -> Prepared:
     """The artifact of a variant, from `folder` if it is there, else quantized and kept there.
 
-    ids: int64 [pieces, length], the calibration tokens of methods that need them.
+    ids: int64 [pieces, length], the calibration tokens of methods that need them. `format`: how
+    weights are written that no other engine runs. Weights that an option names stay where they are.
     Raises: MethodError, ModelError, OSError on a full disk.
     """
     if not METHODS[variant.method].quantizes:
         return _unquantized(variant, source, spec)
+    if METHODS[variant.method].reads_files:
+        return adopt(configure(variant).path, source)
     known = read_about(folder)
     if known is not None:
         return known
@@ -103,7 +76,7 @@ def prepare_variant(
     try:
         if variant.method == "onnx_int8":
             return _quantize_onnx(variant, model, folder, spec, emit)
-        return _quantize(variant, model, ids, folder, spec, as_gguf, emit)
+        return _quantize(variant, model, ids, folder, spec, "gguf" if as_gguf else format, emit)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -115,7 +88,7 @@ def _quantize(
     ids: Tensor | None,
     folder: Path,
     spec: RunSpec,
-    as_gguf: bool,
+    format: str,
     emit: Emit,
 ) -> Prepared:
     method, config = METHODS[variant.method], configure(variant, spec.group_size)
@@ -136,27 +109,33 @@ def _quantize(
     packed |= _packed(variant, model, ids, plan, workshop, emit)
     if method.trains:
         packed |= pack_outer(model, config)
-    outer = quantize_outer(model, method, config) if as_gguf else {}
+    outer = quantize_outer(model, method, config) if format == "gguf" else {}
     details = method.report(model, plan, packed)
     seconds = time.perf_counter() - started + workshop.earlier_seconds
     fallbacks: tuple[str, ...] = ()
-    if as_gguf:
+    kind: Kind = "quantlab"
+    if format == "gguf":
+        kind = "gguf"
         path = gguf.write(folder / GGUF_FILE, model, packed, outer, config.type)
         size = gguf.weight_bytes(path)
     else:
         if variant.method == "gguf":
             fallbacks = (f"llama.cpp has no {model.family.name} architecture: blocks run in torch",)
-        path = quantlab_format.save(
-            folder / "weights",
-            model,
-            packed,
-            {"model": model.source.name, "method": variant.method, "config": config.to_json()},
-        )
+        if format in FORMATS:
+            kind = "checkpoint"
+            path = checkpoint.write(folder / "weights", format, model, packed)
+        else:
+            path = quantlab_format.save(
+                folder / "weights",
+                model,
+                packed,
+                {"model": model.source.name, "method": variant.method, "config": config.to_json()},
+            )
         plain = quantlab_format.plain_weights(model.module)
         size = sum(weight.nbytes for weight in packed.values())
         size += sum(2 * tensor.numel() for tensor in plain.values())
     prepared = Prepared(
-        kind="gguf" if as_gguf else "quantlab",
+        kind=kind,
         path=path,
         size_bytes=size,
         parameters=parameters,
@@ -287,6 +266,8 @@ def open_runner(
         return OnnxRunner(prepared.path, bos, threads, MAX_CONTEXT)
     if prepared.kind == "quantlab":
         model, _ = quantlab_format.load(prepared.path)
+    elif prepared.kind == "checkpoint":
+        model, _ = checkpoint_reader.read(prepared.path)
     else:
         dtype = torch.float32 if variant.method == "fp32" else torch.bfloat16
         model = _load(source, spec, dtype)

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv-peers"
 PEERS = {
     "awq": ("requirements-peers.txt", "awq"),
-    "gptqmodel": ("requirements-peers-gptqmodel.txt", "gptqmodel, bitsandbytes"),
+    "gptqmodel": (
+        "requirements-peers-gptqmodel.txt",
+        "gptqmodel, compressed_tensors, bitsandbytes",
+    ),
 }
 """By the name of the environment: its requirements, and what must import afterwards."""
 BUILD_TOOLS = ("setuptools==84.2.1", "wheel==0.48.0")

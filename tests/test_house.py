@@ -59,7 +59,8 @@ engine < onnx_engine < runners
 engine < llamacpp < runners < variants < measure < pipeline
 metrics < runners
 metrics < answers < measure
-variants < delivery < pipeline
+export < prepared < foreign < variants < delivery < pipeline
+methods < foreign
 variants < interleave < pipeline
 answers < interleave
 metrics < plots

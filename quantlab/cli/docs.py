@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from quantlab.cli.formats_table import format_table
+
 
 def method_table() -> str:
     """Every registered method as a row of a Markdown table."""
@@ -74,6 +76,7 @@ def _help(arguments: list[str]) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods": method_table,
+    "formats": format_table,
     "options": option_list,
     "commands": command_help,
 }

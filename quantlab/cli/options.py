@@ -32,7 +32,8 @@ Methods = Annotated[
         "--methods",
         metavar="LIST",
         help="Variants, separated by commas: METHOD, METHOD:BITS or gguf:TYPE, each with options "
-        "as gptq:4:group_size=128:act_order=true. `methods` lists them.",
+        "as gptq:4:group_size=128:act_order=true; checkpoint:DIR is what others quantized. "
+        "`methods` lists them.",
     ),
 ]
 GroupSize = Annotated[

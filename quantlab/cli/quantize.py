@@ -40,7 +40,8 @@ def quantize(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="File format: quantlab or gguf; by default the one the method is for.",
+            help="File format: quantlab, gguf, gptq, awq or compressed-tensors; by default the one "
+            "the method is for.",
         ),
     ] = None,
     calibration: o.Calibration = D.calibration,

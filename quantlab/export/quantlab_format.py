@@ -21,8 +21,9 @@ from torch import Tensor
 from quantlab.errors import ConfigError, ModelError
 from quantlab.layers import QuantEmbedding, QuantLinear, replace_linear
 from quantlab.models import ARTIFACT_FILE, LoadedModel, skeleton
+from quantlab.models.json_files import read_json
 from quantlab.models.loading import family_of
-from quantlab.models.source import check_safetensors, locate, read_json
+from quantlab.models.source import check_safetensors, locate
 from quantlab.packing import PackedWeight, describe, restore
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantlab.errors import ConfigError
 from quantlab.methods.base import Quantizer, build_config, registry
-from quantlab.types import OptionValue, VariantSpec
+from quantlab.types import NAMED_BY, OptionValue, VariantSpec
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -23,7 +23,8 @@ __all__ = ["METHODS", "Quantizer", "configure", "parse_variant", "parse_variants
 
 
 def parse_variant(text: str) -> VariantSpec:
-    """`METHOD`, `METHOD:BITS` or `gguf:TYPE`, with options: `gptq:4:group_size=128:act_order=true`.
+    """`METHOD`, `METHOD:BITS`, `gguf:TYPE` or `checkpoint:DIR`, with options:
+    `gptq:4:group_size=128:act_order=true`.
 
     Raises: ConfigError that names the part that is wrong.
     """
@@ -32,12 +33,16 @@ def parse_variant(text: str) -> VariantSpec:
         raise ConfigError(f"methods: unknown method {name!r}; choose {', '.join(METHODS)}")
     bits: int | None = None
     options: dict[str, OptionValue] = {}
+    if METHODS[name].reads_files:
+        # Everything after the name is the path, which may hold colons.
+        path = ":".join(rest).removeprefix(f"{NAMED_BY[name]}=")
+        rest, options = [], {NAMED_BY[name]: path} if path else {}
     for position, part in enumerate(rest):
         key, equals, value = part.partition("=")
         if equals:
             options[key] = value
-        elif position == 0 and name == "gguf":
-            options["type"] = part.lower()
+        elif position == 0 and name in NAMED_BY:
+            options[NAMED_BY[name]] = part.lower()
         elif position == 0 and part.isdecimal():
             bits = int(part)
         else:

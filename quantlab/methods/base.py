@@ -20,7 +20,7 @@ from torch import Tensor
 from quantlab.calibration import ActStats, StatKind
 from quantlab.errors import ConfigError
 from quantlab.models import Block, LoadedModel
-from quantlab.packing import PackedWeight
+from quantlab.packing import PackedWeight, Storage
 from quantlab.training.workshop import Workshop
 from quantlab.types import OptionValue, VariantSpec
 
@@ -145,6 +145,8 @@ class Quantizer(ABC):
     `sees_error` false: they are those of the unquantized model, at one forward pass instead of two.
     `sequential`: `quantize_block` may be called with the linears of one input at a time (a block
     with only those, and no folds), and then sees the error of the linears before them as well.
+    `reads_files`: the weights lie quantized in files that an option names; `quantize_block` is
+    never called.
     `trains` says that the weights come from `train`, which takes long and can be gone on with after
     it was stopped; `quantize_block` is then what such a method gives without any training.
     """
@@ -157,6 +159,7 @@ class Quantizer(ABC):
     needs: ClassVar[tuple[StatKind, ...]] = ()
     quantizes: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    reads_files: ClassVar[bool] = False
     sees_error: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
     Config: ClassVar[type[Config]]
@@ -215,6 +218,28 @@ class Quantizer(ABC):
     def needs_for(self, config: Any) -> tuple[StatKind, ...]:
         """The statistics `quantize_block` reads with this `config`."""
         return self.needs
+
+    def storage(self, config: Any) -> Storage:
+        """What the packed weights will be, so that a file format can refuse before any work.
+
+        This serves methods on uniform grids, one for each row and group.
+        """
+        return Storage(
+            "affine",
+            (self.weight_bits(config),),
+            getattr(config, "group_size", None),
+            bool(getattr(config, "symmetric", False)),
+            outer=config.outer_bits() if isinstance(config, WeightConfig) else (16, 16),
+        )
+
+    def content(self, config: Any) -> str | None:
+        """What decides the weights beside the options: the fingerprint of files that they name."""
+        return None
+
+    def check(self, config: Any) -> None:
+        """Refuse what can be seen to fail before a run starts, by looking at files for instance;
+        a `Config` refuses only what its own values say. Raises: ConfigError, ModelError."""
+        config.validate()
 
     def weight_bits(self, config: Any) -> int:
         """Nominal bits a weight, without scales."""

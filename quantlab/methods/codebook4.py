@@ -16,7 +16,7 @@ from quantlab.calibration import ActStats
 from quantlab.codebook import BLOCK_SIZES, CodebookName
 from quantlab.methods import base
 from quantlab.models import Block
-from quantlab.packing import PackedWeight, codebook_weight
+from quantlab.packing import PackedWeight, Storage, codebook_weight
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Codebook4(base.Quantizer):
     codebook: ClassVar[CodebookName]
     bits = (4,)
     Config = CodebookConfig
+
+    def storage(self, config: CodebookConfig) -> Storage:
+        return Storage("codebook", (4,), config.block_size, outer=config.outer_bits())
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: CodebookConfig

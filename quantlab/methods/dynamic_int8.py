@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 from quantlab.calibration import ActStats
 from quantlab.methods import base
-from quantlab.methods.w8a8 import pack_int8
+from quantlab.methods.w8a8 import int8_storage, pack_int8
 from quantlab.models import Block
-from quantlab.packing import Activation, PackedWeight
+from quantlab.packing import Activation, PackedWeight, Storage
+from quantlab.packing.storage import Inputs
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,16 @@ class DynamicInt8(base.Quantizer):
     def activation_bits(self, config: DynamicInt8Config) -> int:
         return 8
 
+    def storage(self, config: DynamicInt8Config) -> Storage:
+        kind: Inputs = "dynamic_tensor" if config.activations == "tensor" else "dynamic_token"
+        return int8_storage(config, kind, per_channel=config.per_channel)
+
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: DynamicInt8Config
     ) -> dict[str, PackedWeight]:
-        whole = config.activations == "tensor"
-        activation = Activation("dynamic_tensor" if whole else "dynamic_token")
+        kind = self.storage(config).activation
+        assert kind is not None
+        activation = Activation(kind)
         return {
             path: pack_int8(linear.weight, activation, per_channel=config.per_channel)
             for path, linear in block.linears.items()

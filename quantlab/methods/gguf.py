@@ -25,7 +25,7 @@ from quantlab.ggml import quantize_rows
 from quantlab.ggml.mixes import FILE_TYPES, TENSOR_KINDS, tensor_type
 from quantlab.methods import base
 from quantlab.models import Block
-from quantlab.packing import GGMLWeight, PackedWeight
+from quantlab.packing import GGMLWeight, PackedWeight, Storage
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class GGUF(base.Quantizer):
 
     def weight_bits(self, config: GGUFConfig) -> int:
         return FILE_TYPES[config.type].bits
+
+    def storage(self, config: GGUFConfig) -> Storage:
+        return Storage("ggml", (self.weight_bits(config),))
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: GGUFConfig

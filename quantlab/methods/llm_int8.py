@@ -23,7 +23,7 @@ from torch import Tensor
 from quantlab.calibration import ActStats
 from quantlab.methods import base
 from quantlab.models import Block
-from quantlab.packing import OutlierWeight, PackedWeight
+from quantlab.packing import OutlierWeight, PackedWeight, Storage
 
 SMALLEST = 1e-30
 """Floor of the absmax that a row is divided by, so that rows of zeros stay finite."""
@@ -54,6 +54,9 @@ class LLMInt8(base.Quantizer):
 
     def activation_bits(self, config: LLMInt8Config) -> int:
         return 8
+
+    def storage(self, config: LLMInt8Config) -> Storage:
+        return Storage("outlier", (8,), None, True, outer=config.outer_bits())
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: LLMInt8Config

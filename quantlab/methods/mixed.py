@@ -27,7 +27,7 @@ from quantlab.keys import content_key
 from quantlab.methods import base
 from quantlab.methods.by_width import quantize_by_width
 from quantlab.models import Block, LoadedModel, block_list, get_block
-from quantlab.packing import PackedWeight, affine_nbytes
+from quantlab.packing import PackedWeight, Storage, affine_nbytes
 from quantlab.sensitivity import Sensitivity
 
 WIDTHS = (3, 4, 5, 6, 8)
@@ -178,6 +178,17 @@ class Mixed(base.Quantizer):
             return int(config.budget)
         rules = [bits for _, bits in parse_pattern(config.pattern)]
         return min([*config.kind_bits().values(), *rules])
+
+    def storage(self, config: MixedConfig) -> Storage:
+        if config.budget:
+            bits = set(candidates(config))
+        else:
+            bits = set(config.kind_bits().values())
+            for wanted, given in parse_pattern(config.pattern):
+                bits = {given} if wanted == "*" else bits | {given}
+            bits -= {16}
+        widths, outer = tuple(sorted(bits)), config.outer_bits()
+        return Storage("affine", widths, config.group_size, config.symmetric, outer=outer)
 
     def plan(
         self, model: LoadedModel, ids: Tensor | None, config: MixedConfig, step: base.Step

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from quantlab.calibration import ActStats
 from quantlab.errors import ConfigError
 from quantlab.methods import base
-from quantlab.methods.w8a8 import pack_int8
+from quantlab.methods.w8a8 import int8_storage, pack_int8
 from quantlab.models import Block
-from quantlab.packing import Activation, PackedWeight
+from quantlab.packing import Activation, PackedWeight, Storage
 
 REQUIREMENTS = "requirements-onnx.txt"
 
@@ -63,6 +63,9 @@ class OnnxInt8(base.Quantizer):
 
     def activation_bits(self, config: OnnxInt8Config) -> int:
         return 8
+
+    def storage(self, config: OnnxInt8Config) -> Storage:
+        return int8_storage(config, "dynamic_tensor", per_channel=config.per_channel)
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: OnnxInt8Config

@@ -7,6 +7,7 @@ Source: the baseline of arXiv 2208.07339 (section 2) and arXiv 2210.17323.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from quantlab.calibration import ActStats
 from quantlab.grid import find_grid, spread, to_codes
 from quantlab.methods import base
 from quantlab.models import Block
-from quantlab.packing import AffineWeight, PackedWeight, affine
+from quantlab.packing import AffineWeight, PackedWeight, Storage, affine
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class RTN(base.Quantizer):
     summary = "Rounds each weight to its nearest grid point; needs no data."
     bits = (4, 2, 3, 5, 6, 7, 8)
     Config = RTNConfig
+
+    def storage(self, config: RTNConfig) -> Storage:
+        group = config.group_size if config.granularity == "group" else None
+        whole = config.granularity == "tensor"
+        return dataclasses.replace(super().storage(config), group_size=group, one_scale=whole)
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: RTNConfig

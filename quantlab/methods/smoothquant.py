@@ -20,9 +20,9 @@ from quantlab.calibration import ActStats
 from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import find_grid, from_codes, range_to_grid, to_codes
 from quantlab.methods import base
-from quantlab.methods.w8a8 import pack_int8, static_activation
+from quantlab.methods.w8a8 import int8_storage, pack_int8, static_activation
 from quantlab.models import Block, Fold, apply_fold, fold_scale
-from quantlab.packing import Activation, PackedWeight
+from quantlab.packing import Activation, PackedWeight, Storage
 
 ALPHAS = tuple(round(0.3 + 0.05 * step, 2) for step in range(13))
 """Migration strengths that the search tries: 0.3 to 0.9."""
@@ -79,6 +79,9 @@ class SmoothQuant(base.Quantizer):
 
     def activation_bits(self, config: SmoothQuantConfig) -> int:
         return 8
+
+    def storage(self, config: SmoothQuantConfig) -> Storage:
+        return int8_storage(config, "tensor" if config.activations == "static" else "token")
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: SmoothQuantConfig

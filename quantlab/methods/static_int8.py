@@ -22,10 +22,10 @@ from torch import Tensor
 from quantlab.calibration import ActStats
 from quantlab.errors import MethodError
 from quantlab.methods import base
-from quantlab.methods.w8a8 import pack_int8, static_activation
+from quantlab.methods.w8a8 import int8_storage, pack_int8, static_activation
 from quantlab.models import Block
 from quantlab.observers import mse_range, percentile_range
-from quantlab.packing import PackedWeight
+from quantlab.packing import PackedWeight, Storage
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class StaticInt8(base.Quantizer):
 
     def activation_bits(self, config: StaticInt8Config) -> int:
         return 8
+
+    def storage(self, config: StaticInt8Config) -> Storage:
+        return int8_storage(config, "tensor")
 
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: StaticInt8Config

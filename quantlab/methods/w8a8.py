@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from quantlab.grid import TINY, find_grid, range_to_grid, to_codes
-from quantlab.packing import Activation, AffineWeight, affine
+from quantlab.methods import base
+from quantlab.packing import Activation, AffineWeight, Storage, affine
+from quantlab.packing.storage import Inputs
 
 
 def pack_int8(
@@ -31,3 +35,11 @@ def static_activation(low: Tensor, high: Tensor) -> Activation:
     """One 8-bit grid with a zero-point, fixed, that spans [low, high] and 0. Scalars."""
     step, zero = range_to_grid(low, high, 8, False)
     return Activation("tensor", float(step), int(zero))
+
+
+def int8_storage(config: Any, activation: Inputs, *, per_channel: bool = True) -> Storage:
+    """What `pack_int8` makes, for `Quantizer.storage`."""
+    outer = config.outer_bits() if isinstance(config, base.WeightConfig) else (16, 16)
+    return Storage(
+        "affine", (8,), None, True, one_scale=not per_channel, activation=activation, outer=outer
+    )

@@ -19,6 +19,7 @@ from quantlab.models import bundled
 from quantlab.models.blocks import longest_module_list
 from quantlab.models.families import FAMILIES, Family, generic_family
 from quantlab.models.gguf_header import read_header
+from quantlab.models.hub import quantized_config
 from quantlab.models.pre_tokenizers import restore_rules
 from quantlab.models.source import ModelSource, locate
 from quantlab.paths import home
@@ -55,10 +56,15 @@ def load(
         if isinstance(name, str)
         else name
     )
-    if source.kind == "quantlab":
+    if source.kind in ("quantlab", "checkpoint"):
         raise ModelError(
             f"model: {source.name} is already quantized; evaluate or generate with it, "
             "or quantize its original"
+        )
+    if source.kind == "hub" and quantized_config(source.name) is not None:
+        raise ModelError(
+            f"model: {source.name} is already quantized; evaluate or generate with it, or compare "
+            f"it with its original as checkpoint:{source.name}"
         )
     notes: tuple[str, ...] = ()
     gguf = source.path if source.kind in ("gguf", "bundled") else None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from quantlab.errors import ModelError
 from quantlab.models import bundled
 from quantlab.models.gguf_header import read_header
+from quantlab.models.json_files import read_json
+from quantlab.models.quantization import LEGACY, quantization_of
+from quantlab.models.shards import open_shards
 from quantlab.paths import find
 
 ARTIFACT_FILE = "quantlab.json"
@@ -26,10 +28,11 @@ HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """`path` is a folder or a .gguf file (None for a Hub id); `fingerprint` identifies the weights:
-    sha256 of the weight files and the configuration, or the Hub's commit."""
+    sha256 of the weight files and the configuration, or the Hub's commit. A 'checkpoint' is a
+    folder of GPTQ, AWQ or compressed-tensors weights."""
 
     name: str
-    kind: Literal["bundled", "folder", "gguf", "hub", "quantlab"]
+    kind: Literal["bundled", "folder", "gguf", "hub", "quantlab", "checkpoint"]
     path: Path | None
     fingerprint: str
 
@@ -59,6 +62,9 @@ def locate(
         if (path / ARTIFACT_FILE).is_file():
             files = sorted(file for file in path.iterdir() if file.is_file())
             return ModelSource(name, "quantlab", path, _hash_files(files))
+        if quantization_of(path) is not None:
+            files = check_checkpoint(path, trust_remote_code=trust_remote_code)
+            return ModelSource(name, "checkpoint", path, _hash_files(files))
         files = check_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         return ModelSource(name, "folder", path, _hash_files([path / "config.json", *files]))
     if name.lower().endswith(".gguf") or not HUB_ID.fullmatch(name):
@@ -70,13 +76,24 @@ def locate(
     return ModelSource(name, "hub", None, _hub_revision(name))
 
 
-def check_folder(path: Path, *, allow_pickle: bool, trust_remote_code: bool) -> list[Path]:
-    """The weight files of a transformers folder, headers checked. Raises: ModelError."""
-    config = read_json(path / "config.json")
-    if config.get("auto_map") and not trust_remote_code:
+def check_checkpoint(path: Path, *, trust_remote_code: bool) -> list[Path]:
+    """What decides the weights of a quantized folder, headers checked. Raises: ModelError."""
+    _check_code(path, trust_remote_code)
+    configs = [path / name for name in ("config.json", *LEGACY)]
+    return [*(file for file in configs if file.is_file()), *open_shards(path).files]
+
+
+def _check_code(path: Path, trust_remote_code: bool) -> None:
+    """Raise ModelError for a folder that brings code of its own, unless that is trusted."""
+    if read_json(path / "config.json").get("auto_map") and not trust_remote_code:
         raise ModelError(
             f"model: {path.name} brings its own Python code; it runs only with --trust-remote-code"
         )
+
+
+def check_folder(path: Path, *, allow_pickle: bool, trust_remote_code: bool) -> list[Path]:
+    """The weight files of a transformers folder, headers checked. Raises: ModelError."""
+    _check_code(path, trust_remote_code)
     shards = sorted(path.glob("*.safetensors"))
     if shards:
         for shard in shards:
@@ -111,19 +128,6 @@ def check_gguf(path: Path) -> None:
     header = read_header(path)
     if "general.architecture" not in header.fields or not header.tensors:
         raise ModelError(f"model: {path.name} is a GGUF file without a language model")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises: ModelError when missing or malformed."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"model: {path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {path} cannot be read ({error})") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"model: {path} does not hold a JSON object")
-    return data
 
 
 def _hash_files(paths: Iterable[Path]) -> str:

@@ -12,6 +12,8 @@ from quantlab.packing.codebook import CodebookWeight, codebook_weight
 from quantlab.packing.files import REPRESENTATIONS, describe, restore
 from quantlab.packing.ggml import GGMLWeight
 from quantlab.packing.outlier import OutlierWeight
+from quantlab.packing.permuted import PermutedWeight
+from quantlab.packing.storage import Storage
 
 __all__ = [
     "REPRESENTATIONS",
@@ -21,6 +23,8 @@ __all__ = [
     "GGMLWeight",
     "OutlierWeight",
     "PackedWeight",
+    "PermutedWeight",
+    "Storage",
     "affine",
     "affine_nbytes",
     "codebook_weight",

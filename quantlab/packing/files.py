@@ -12,6 +12,7 @@ from quantlab.packing.base import PackedWeight
 from quantlab.packing.codebook import CodebookWeight
 from quantlab.packing.ggml import GGMLWeight
 from quantlab.packing.outlier import OutlierWeight
+from quantlab.packing.permuted import PermutedWeight
 
 REPRESENTATIONS: dict[
     str, type[AffineWeight] | type[CodebookWeight] | type[GGMLWeight] | type[OutlierWeight]
@@ -23,8 +24,13 @@ REPRESENTATIONS: dict[
 }
 
 
+PERMUTED = "permuted"
+
+
 def describe(weight: PackedWeight) -> dict[str, object]:
     """The fields of a packed weight that are not tensors, plus its `representation`: plain JSON."""
+    if isinstance(weight, PermutedWeight):
+        return {**describe(weight.inner), "representation": PERMUTED}
     for name, cls in REPRESENTATIONS.items():
         if isinstance(weight, cls):
             plain: dict[str, object] = {"representation": name}
@@ -42,6 +48,12 @@ def restore(description: dict[str, object], tensors: dict[str, Tensor]) -> Packe
     """The inverse of `describe` and `tensors`. Raises: ConfigError for unknown or missing parts."""
     plain = dict(description)
     name = str(plain.pop("representation", ""))
+    if name == PERMUTED:
+        inner = {field: tensor for field, tensor in tensors.items() if field != "order"}
+        affine = restore({**plain, "representation": "affine"}, inner)
+        if not isinstance(affine, AffineWeight) or "order" not in tensors:
+            raise ConfigError("packed weight is incomplete: it has no order")
+        return PermutedWeight(affine, tensors["order"])
     if name not in REPRESENTATIONS:
         raise ConfigError(f"unknown representation {name!r}; this version reads {REPRESENTATIONS}")
     if isinstance(plain.get("activation"), dict):

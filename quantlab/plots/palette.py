@@ -39,6 +39,7 @@ STYLES: dict[str, Style] = {
     "onnx_int8": Style("ONNX Runtime INT8", "#0f7681", "#4fb8c4"),
     "qat": Style("QAT", "#6b7a00", "#b5c334"),
     "mixed": Style("Mixed", "#9c2f4b", "#e07a94"),
+    "checkpoint": Style("Checkpoint", "#4d5bd1", "#8f9bff"),
 }
 
 MARKERS = {
@@ -100,6 +101,9 @@ def variant_label(variant: str) -> str:
     'GPTQ 4-bit (act_order=false)'
     """
     method, *rest = variant.split(":")
+    if method == "checkpoint":  # a path, of which the last part says enough
+        name = ":".join(rest).rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+        return f"{style(method).title} {name}".rstrip()
     extra = [part for part in rest if "=" in part]
     plain = [part for part in rest if "=" not in part]
     head = style(method).title

@@ -29,7 +29,9 @@ class Chip:
 
     @property
     def label(self) -> str:
-        """Its name without options: `GPTQ 4-bit`."""
+        """Its name without options: `GPTQ 4-bit`; files are told apart by their names."""
+        if METHODS[self.spec.method].reads_files:
+            return palette.variant_label(self.spec.label)
         return palette.variant_label(self.bare.label)
 
     @property
