@@ -198,11 +198,11 @@ def _window(
                 continue
             logits = chunk[offset : offset + stop - start]
             targets = window[start + 1 : stop + 1]
-            if reference is None:
-                losses.append(negative_log_likelihood(logits, targets).double())
-                continue
-            loss, kl, agreed = compare_logits(reference.logits(index, start, stop), logits, targets)
+            # Without an original the losses still come from the same sums, to the last digit.
+            original = logits if reference is None else reference.logits(index, start, stop)
+            loss, kl, agreed = compare_logits(original, logits, targets)
             losses.append(loss)
-            divergences.append(kl)
-            same += int(agreed.sum())
+            if reference is not None:
+                divergences.append(kl)
+                same += int(agreed.sum())
     return torch.cat(losses), torch.cat(divergences) if divergences else torch.empty(0), same
