@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,6 @@ def compare_logits(p: Tensor, q: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     p, q, targets = p.contiguous(), q.contiguous(), targets.contiguous()
     loss, apart = torch.empty(2, rows, dtype=torch.float64)
     same = torch.empty(rows, dtype=torch.uint8)
-    sizes = map(native.c_int64, (rows, count))
+    sizes = map(c_int64, (rows, count))
     native.native()("ql_compare_logits", p, q, targets, *sizes, loss, apart, same)
     return loss, apart, same.bool()

@@ -6,6 +6,8 @@ All tensors are float32, contiguous and on the CPU.
 
 from __future__ import annotations
 
+from ctypes import c_float, c_int64
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def add_moment(total: Tensor, y: Tensor, x: Tensor, triangle: bool) -> None:
     total: float32 [columns, columns]; y, x: bfloat16 [tokens, columns]; products are exact, sums in
     float32. All contiguous. Ask `multiplies_bfloat16` first.
     """
-    sizes = map(native.c_int64, (*x.shape, int(triangle)))
+    sizes = map(c_int64, (*x.shape, int(triangle)))
     native.native()("ql_add_moment", total, y, x, *sizes)
 
 
@@ -58,10 +60,9 @@ def compensate(
     work, whole (code - zero) and errors are written. Ask `ready` first.
     """
     count, rows = work.shape
-    native.native()(
-        *("ql_compensate", work, step, bottom, native.c_float(levels), whole, errors, pull),
-        *(debt, *map(native.c_int64, (rows, count, columns.start, columns.stop))),
-    )
+    sizes = map(c_int64, (rows, count, columns.start, columns.stop))
+    grids = (step, bottom, c_float(levels))
+    native.native()("ql_compensate", work, *grids, whole, errors, pull, debt, *sizes)
 
 
 def grid_losses(
@@ -74,10 +75,9 @@ def grid_losses(
     """
     rows, groups, size = weight.shape
     losses = torch.empty_like(scale)
-    native.native()(
-        *("ql_grid_losses", weight, *map(native.c_int64, (rows, groups * size, groups, size))),
-        *(moments, scale, zero, native.c_float(levels), native.c_int64(len(scale)), losses),
-    )
+    sizes = map(c_int64, (rows, groups * size, groups, size))
+    tries = (c_float(levels), c_int64(len(scale)))
+    native.native()("ql_grid_losses", weight, *sizes, moments, scale, zero, *tries, losses)
     return losses
 
 
@@ -91,5 +91,5 @@ def scaled_error(
     rows, columns = weight.shape
     out = torch.empty_like(weight)
     sizes = (rows, columns, group_size, 2**bits - 1, int(symmetric))
-    native.native()("ql_scaled_error", weight, scale, *map(native.c_int64, sizes), out)
+    native.native()("ql_scaled_error", weight, scale, *map(c_int64, sizes), out)
     return out
