@@ -3,8 +3,8 @@
     write(path, model, packed, outer, "q4_k_m")     # metadata, tokenizer and tensors
     weights = read(path)                            # ggml name -> GGMLWeight, bytes as in the file
 
-The `gguf` package writes the container; what stands in it is decided in `gguf_model` and
-`gguf_tokenizer`. Source: the GGUF specification and llama.cpp's model loader (ggml-org).
+The `gguf` package writes the container; what stands in it is decided in `gguf_architectures`,
+`gguf_model` and `gguf_tokenizer`. Source: the GGUF specification and llama.cpp's model loader (ggml-org).
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.export.gguf_model import (
+from quantlab.export.gguf_architectures import (
     ARCHITECTURES,
-    add_metadata,
     architecture,
-    rope_factors,
-    rope_order,
     shape_of,
     weight_names,
 )
+from quantlab.export.gguf_model import add_metadata, rope_factors
 from quantlab.export.gguf_tokenizer import add_tokenizer
 from quantlab.ggml import FORMATS
 from quantlab.ggml.mixes import FILE_TYPES
@@ -166,11 +164,9 @@ def _entries(
 ) -> Iterator[_Entry]:
     """The tensors in the order of the file. Raises: ConfigError for weights of another kind."""
     assert model.family.gguf is not None
-    shape, rotated = shape_of(model), ARCHITECTURES[model.family.gguf].rotated
-    orders = {
-        kind: rope_order(shape.heads if kind == "attn_q" else shape.kv_heads, shape.head_dim)
-        for kind in rotated
-    }
+    shape, offset = shape_of(model), model.family.norm_offset
+    ordered = ARCHITECTURES[model.family.gguf].orders
+    orders = {kind: order(shape) for kind, order in ordered.items()}
     factors = rope_factors(model.module.config, shape.head_dim)
     if factors is not None:
         yield _Entry("rope_freqs.weight", factors)
@@ -189,5 +185,8 @@ def _entries(
             weight = getattr(owner, field, None)
         elif not isinstance(weight, GGMLWeight):
             raise ConfigError(f"GGUF files hold ggml blocks; {path} is {type(weight).__name__}")
+        if offset and kind.endswith("_norm") and weight is not None:
+            # llama.cpp multiplies by the norm's weight as it stands.
+            weight = weight.detach().float() + offset
         if weight is not None:
             yield _Entry(name, weight, orders.get(kind))

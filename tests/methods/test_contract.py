@@ -26,7 +26,7 @@ from quantlab.packing import (
     PackedWeight,
 )
 from quantlab.types import VariantSpec
-from tests.tiny import FAMILIES, block_of, logits, recorded_inputs, tiny, token_ids
+from tests.tiny import FAMILIES, FEW, block_of, logits, recorded_inputs, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -320,7 +320,7 @@ class Recording(Quantizer):
         return METHODS["rtn"].quantize_block(block, {}, config)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "neox"])
+@pytest.mark.parametrize("name", FEW)
 def test_later_blocks_see_the_error_of_earlier_ones(name: str) -> None:
     def mean_inputs(model: LoadedModel) -> Tensor:
         with recorded_inputs(model.family, model.module) as seen, torch.no_grad():
