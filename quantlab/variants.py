@@ -112,7 +112,8 @@ def _quantize(
     outer = quantize_outer(model, method, config) if format == "gguf" else {}
     details = method.report(model, plan, packed)
     seconds = time.perf_counter() - started + workshop.earlier_seconds
-    fallbacks: tuple[str, ...] = ()
+    note = model.family.note
+    fallbacks: tuple[str, ...] = () if note is None else (note,)
     kind: Kind = "quantlab"
     if format == "gguf":
         kind = "gguf"
@@ -120,7 +121,9 @@ def _quantize(
         size = gguf.weight_bytes(path)
     else:
         if variant.method == "gguf":
-            fallbacks = (f"llama.cpp has no {model.family.name} architecture: blocks run in torch",)
+            fallbacks += (
+                f"llama.cpp has no {model.family.name} architecture: blocks run in torch",
+            )
         if format in FORMATS:
             kind = "checkpoint"
             path = checkpoint.write(folder / "weights", format, model, packed)

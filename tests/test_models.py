@@ -90,6 +90,15 @@ def test_kinds_are_those_of_gguf_files() -> None:
             assert fold.kind == "norm" or fold.source in paths
 
 
+def test_the_native_decoder_knows_the_same_architectures() -> None:
+    """Its linears, and which norms multiply by one plus their weight, are those of the table."""
+    from quantlab import native_records
+
+    for name in native_records.FAMILIES:
+        assert {path for path, _ in TABLE[name].linears} == set(native_records.PATHS.values())
+        assert TABLE[name].norm_offset == float(name.startswith("gemma"))
+
+
 def test_a_generic_family_takes_the_longest_list_and_has_no_folds() -> None:
     model = tiny(GENERIC, blocks=3)
     assert longest_module_list(model.module) == "transformer.h"

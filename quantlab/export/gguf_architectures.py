@@ -196,8 +196,8 @@ ARCHITECTURES: dict[str, Names] = {
             _alternating(6),
             (_local_rope, "rope of its own in sliding windows", "one with base 10000"),
             (
-                lambda config, shape: not (
-                    config.attn_logit_softcapping or config.final_logit_softcapping
+                lambda config, shape: (
+                    not (config.attn_logit_softcapping or config.final_logit_softcapping)
                 ),
                 "soft caps",
                 "plain logits",
@@ -230,9 +230,7 @@ ARCHITECTURES: dict[str, Names] = {
                 "scale_attn_weights",
             ),
             (
-                lambda config, shape: not getattr(
-                    config, "scale_attn_by_inverse_layer_idx", False
-                ),
+                lambda config, shape: not getattr(config, "scale_attn_by_inverse_layer_idx", False),
                 "attention scaled by layer",
                 "scale_attn_by_inverse_layer_idx=false",
             ),
@@ -288,7 +286,9 @@ def _check_places(model: LoadedModel, name: str) -> None:
     strange = [p for p in found if p not in known or (biases == "no" and known[p])]
     if strange:
         raise ModelError(f"model: llama.cpp's {name} architecture has no place for {strange[0]}")
-    if biases == "must" and (missing := {p for p, is_bias in known.items() if is_bias} - set(found)):
+    if biases == "must" and (
+        missing := {p for p, is_bias in known.items() if is_bias} - set(found)
+    ):
         _refuse(name, f"linears without bias, such as {min(missing)}", "those with one")
 
 
@@ -355,5 +355,7 @@ def weight_names(model: LoadedModel) -> list[tuple[str, str]]:
         base = f"{model.family.blocks}.{index}"
         paths += [(f"{base}.{path}", f"blk.{index}.{kind}") for path, kind in inside.items()]
     return [
-        (f"{path}.{field}", f"{name}.{field}") for path, name in paths for field in ("weight", "bias")
+        (f"{path}.{field}", f"{name}.{field}")
+        for path, name in paths
+        for field in ("weight", "bias")
     ]

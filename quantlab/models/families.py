@@ -47,6 +47,13 @@ class Family:
     gguf: str | None = None
     first_class: bool = True
 
+    @property
+    def note(self) -> str | None:
+        """What a record says of a family that is not in the table."""
+        if self.first_class:
+            return None
+        return f"{self.name} is not in the architecture table: generic path, no folds"
+
 
 _LLAMA_LINEARS = (
     ("self_attn.q_proj", "attn_q"),

@@ -79,8 +79,8 @@ def load(
             where, file = str(source.path.parent), source.path.name
         module, tokenizer = _from_transformers(where, dtype, allow_pickle, trust_remote_code, file)
     family = family_of(module)
-    if not family.first_class:
-        notes += (f"{family.name} is not in the architecture table: generic path, no folds",)
+    if family.note is not None:
+        notes += (family.note,)
     return LoadedModel(source, prepare_module(module), tokenizer, family, gguf, notes)
 
 

@@ -41,7 +41,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "yarn": ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "yarn with beta_fast=16.0"),
     "wide heads": ("qwen2", {"head_dim": 32}, "no heads of another width"),
-    "biases": ("qwen3", {"attention_bias": True}, "qwen3 architecture has no place for .*q_proj.bias"),
+    "biases": (
+        "qwen3",
+        {"attention_bias": True},
+        "qwen3 architecture has no place for .*q_proj.bias",
+    ),
     "no biases": ("neox", {"attention_bias": False}, "no linears without bias, such as gpt_neox"),
     "gemma untied": ("gemma2", {"tie_word_embeddings": False}, "only tied ones"),
     "gemma's scale": ("gemma2", {"query_pre_attn_scalar": 8}, "only the width of a head"),
