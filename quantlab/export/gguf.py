@@ -4,7 +4,8 @@
     weights = read(path)                            # ggml name -> GGMLWeight, bytes as in the file
 
 The `gguf` package writes the container; what stands in it is decided in `gguf_architectures`,
-`gguf_model` and `gguf_tokenizer`. Source: the GGUF specification and llama.cpp's model loader (ggml-org).
+`gguf_model` and `gguf_tokenizer`. Source: the GGUF specification and llama.cpp's model loader
+(ggml-org).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.export.gguf_architectures import (
-    ARCHITECTURES,
+from quantlab.export.gguf_architectures import ARCHITECTURES
+from quantlab.export.gguf_model import (
+    add_metadata,
     architecture,
+    rope_factors,
     shape_of,
     weight_names,
 )
-from quantlab.export.gguf_model import add_metadata, rope_factors
 from quantlab.export.gguf_tokenizer import add_tokenizer
 from quantlab.ggml import FORMATS
 from quantlab.ggml.mixes import FILE_TYPES
@@ -178,14 +180,14 @@ def _entries(
         if kind == "output" and tied:
             continue
         owner = model.module.get_submodule(path)
-        weight = packed.get(path, outer.get(kind)) if field == "weight" else None
+        weight: Any = packed.get(path, outer.get(kind)) if field == "weight" else None
         if weight is None and field == "weight" and isinstance(owner, QuantLinear):
             weight = owner.weight_packed
         if weight is None:
             weight = getattr(owner, field, None)
         elif not isinstance(weight, GGMLWeight):
             raise ConfigError(f"GGUF files hold ggml blocks; {path} is {type(weight).__name__}")
-        if offset and kind.endswith("_norm") and weight is not None:
+        if offset and kind.endswith("_norm") and isinstance(weight, Tensor):
             # llama.cpp multiplies by the norm's weight as it stands.
             weight = weight.detach().float() + offset
         if weight is not None:

@@ -9,9 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from quantlab.errors import ModelError
-from quantlab.models import LoadedModel, block_list
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -97,7 +94,7 @@ _CAUSAL: Claim = (
 
 
 def _scaled_by_head(largest: int) -> Claim:
-    """`largest`: blocks of the one size of the family whose scale llama.cpp takes from the width."""
+    """`largest`: blocks of the size of the family whose scale llama.cpp takes from the width."""
     return (
         lambda config, shape: (
             config.query_pre_attn_scalar
@@ -253,109 +250,3 @@ ARCHITECTURES: dict[str, Names] = {
     ),
 }
 """By llama.cpp's name of the architecture."""
-
-
-def architecture(model: LoadedModel) -> str:
-    """llama.cpp's name of the architecture. Raises: ModelError where it has none, or where this
-    configuration of it has a part that llama.cpp leaves out."""
-    name = model.family.gguf
-    if name is None or name not in ARCHITECTURES:
-        raise ModelError(f"model: llama.cpp has no {model.family.name} architecture")
-    names, config, shape = ARCHITECTURES[name], model.module.config, shape_of(model)
-    fields = ("hidden_act", "activation_function", "hidden_activation")
-    act = next((getattr(config, f) for f in fields if getattr(config, f, None)), None)
-    if act not in names.activations:
-        _refuse(name, f"activation {act}", names.activations[0])
-    for right, what, wanted in names.claims:
-        if not right(config, shape):
-            _refuse(name, what, wanted)
-    if hasattr(config, "rope_parameters"):
-        _check_rope(config, name)
-    _check_places(model, name)
-    return name
-
-
-def _check_places(model: LoadedModel, name: str) -> None:
-    """Raises: ModelError for a weight the architecture has no place for, or a bias it misses."""
-    linears = {kind for _, kind in model.family.linears}
-    known = {}
-    for path, gguf in weight_names(model):
-        known[path] = path.endswith(".bias") and gguf.split(".")[-2] in linears
-    found = [path for path, _ in model.module.named_parameters()]
-    biases = ARCHITECTURES[name].biases
-    strange = [p for p in found if p not in known or (biases == "no" and known[p])]
-    if strange:
-        raise ModelError(f"model: llama.cpp's {name} architecture has no place for {strange[0]}")
-    if biases == "must" and (
-        missing := {p for p, is_bias in known.items() if is_bias} - set(found)
-    ):
-        _refuse(name, f"linears without bias, such as {min(missing)}", "those with one")
-
-
-def _refuse(name: str, what: str, right: str) -> None:
-    raise ModelError(f"model: llama.cpp's {name} architecture has no {what}, only {right}")
-
-
-def shape_of(model: LoadedModel) -> Shape:
-    """Read from the configuration; a sliding window bounds the context where llama.cpp attends to
-    everything: within the window both compute the same."""
-    config = model.module.config
-    width, heads = int(config.hidden_size), int(config.num_attention_heads)
-    window = getattr(config, "sliding_window", None)
-    if model.family.gguf in ARCHITECTURES and ARCHITECTURES[model.family.gguf].windows:
-        window = None
-    context = int(config.max_position_embeddings)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    return Shape(
-        blocks=len(block_list(model.module, model.family)),
-        width=width,
-        feed_forward=int(inner or 4 * width),
-        heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or width // heads),
-        context=min(context, int(window)) if window else context,
-        vocabulary=int(model.module.get_input_embeddings().weight.shape[0]),
-    )
-
-
-_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 0, "mscale_all_dim": 0}
-# The only yarn a file can say: llama-cpp-python passes its own betas, whatever stands there.
-
-
-def rope_of(config: Any) -> dict[str, Any]:
-    """The rope of the blocks that see everything; others may have one of their own."""
-    rope: dict[str, Any] = config.rope_parameters
-    return rope if "full_attention" not in rope else rope["full_attention"]
-
-
-def _check_rope(config: Any, name: str) -> None:
-    """Raises: ModelError for a rope that llama.cpp turns differently."""
-    rope, names = rope_of(config), ARCHITECTURES[name]
-    kind = rope.get("rope_type", "default")
-    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0 and not names.partial_rope:
-        _refuse(name, "partial rope", "heads rotated whole")
-    if kind not in names.ropes:
-        *others, last = [known for known in names.ropes if known != "default"] or ["plain rope"]
-        known = " and ".join([", ".join(others), last] if others else [last])
-        _refuse(name, f"{kind} rope scaling", known)
-    if kind == "yarn":
-        for key, value in _YARN.items():
-            if rope.get(key) not in (None, value):
-                _refuse(name, f"yarn with {key}={rope[key]}", f"{key}={value}")
-
-
-def weight_names(model: LoadedModel) -> list[tuple[str, str]]:
-    """(name in transformers, name in GGUF) of every weight and bias that the architecture may
-    have, in the order of the file."""
-    assert model.family.gguf is not None
-    names = ARCHITECTURES[model.family.gguf]
-    paths = list(names.outer.items())
-    for index in range(len(block_list(model.module, model.family))):
-        inside = {**names.norms, **dict(model.family.linears)}
-        base = f"{model.family.blocks}.{index}"
-        paths += [(f"{base}.{path}", f"blk.{index}.{kind}") for path, kind in inside.items()]
-    return [
-        (f"{path}.{field}", f"{name}.{field}")
-        for path, name in paths
-        for field in ("weight", "bias")
-    ]

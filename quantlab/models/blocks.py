@@ -143,7 +143,7 @@ def apply_fold(block: Block, fold: Fold, scale: Tensor) -> None:
 
 
 def source_rows(block: Block, fold: Fold, rows: int, count: int) -> slice | Tensor:
-    """Which `count` of the source's `rows` the targets read (`Fold.rows`), in the targets' order."""
+    """Which `count` of the source's `rows` the targets read (`Fold.rows`), in their order."""
     if fold.rows == "last":
         return slice(rows - count, rows)
     every = torch.arange(rows).view(-1, 3, block.head_dim)
