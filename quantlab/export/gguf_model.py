@@ -50,9 +50,9 @@ def _check_places(model: LoadedModel, name: str) -> None:
     strange = [p for p in found if p not in known or (biases == "no" and known[p])]
     if strange:
         raise ModelError(f"model: llama.cpp's {name} architecture has no place for {strange[0]}")
-    if biases == "must" and (
-        missing := {p for p, is_bias in known.items() if is_bias} - set(found)
-    ):
+    # Quantized layers keep their biases as buffers.
+    there = {*found, *model.module.state_dict()}
+    if biases == "must" and (missing := {p for p, bias in known.items() if bias} - there):
         _refuse(name, f"linears without bias, such as {min(missing)}", "those with one")
 
 
