@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.phases import LOADING, OTHER, WRITING, watching
+from benchmarks.phases import KEEPING, LOADING, OTHER, READING, WRITING, watching
 from quantlab.methods import METHODS
 from quantlab.metrics.quality import measure_quality
 from quantlab.models import LoadedModel, locate
@@ -109,14 +109,17 @@ def run_quantlab(contest: Contest, setting: Setting) -> Side:
         assert prepared.seconds is not None
         parts = dict(phases.seconds)
         parts[OTHER] = whole - sum(parts.values())
-        counted = prepared.seconds + (parts.get(WRITING, 0.0) if contest.writes else 0.0)
+        counted = prepared.seconds - parts.get(READING, 0.0)
+        # Blocks are written while they are quantized, the rest afterwards.
+        counted += parts.get(WRITING, 0.0) if contest.writes else -parts.get(KEEPING, 0.0)
         runs.append((counted, parts))
     assert prepared is not None
     seconds = statistics.median_low([counted for counted, _ in runs])
     side = Side(f"QuantLab {contest.variant.label}", seconds)
     side.runs = [counted for counted, _ in runs]
     side.phases = next(parts for counted, parts in runs if counted == seconds)
-    outside = [LOADING, OTHER] if contest.writes else [LOADING, WRITING, OTHER]
+    outside = [LOADING, READING, OTHER]
+    outside[2:2] = [] if contest.writes else [KEEPING, WRITING]
     side.settings = f"not counted, as on the peer's side: {', '.join(outside)}"
     if setting.quality:
         side.perplexity = perplexity(contest.variant, prepared, setting)

@@ -10,13 +10,17 @@ from typing import Any
 
 from quantlab import blockwise, calibration, variants
 from quantlab.export import gguf, quantlab_format
+from quantlab.export.spool import Spool
 from quantlab.methods.base import Quantizer
+from quantlab.models import LoadedModel
 
-LOADING, FORWARDS, STATISTICS, SOLVING, WRITING, OTHER = (
+LOADING, READING, FORWARDS, STATISTICS, SOLVING, KEEPING, WRITING, OTHER = (
     "loading",
+    "reading blocks",
     "calibration forwards",
     "statistics",
     "solving and packing",
+    "writing blocks",
     "writing",
     "other",
 )
@@ -54,6 +58,8 @@ def watching(method: Quantizer) -> Iterator[Phases]:
     runner, sums = calibration.BlockRunner, calibration.Accumulator
     places: list[tuple[Any, str, str]] = [
         (variants, "_load", LOADING),
+        (LoadedModel, "fetch", READING),
+        (Spool, "keep", KEEPING),
         (runner, "__init__", FORWARDS),
         (runner, "collect", FORWARDS),
         (runner, "advance", FORWARDS),

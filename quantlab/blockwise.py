@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from quantlab.calibration import ActStats, BlockRunner
 from quantlab.errors import MethodError
 from quantlab.grid import all_finite
-from quantlab.heap import kept_memory
+from quantlab.heap import hand_back, kept_memory
 from quantlab.layers import QuantLinear, replace_linear
 from quantlab.lockstep import advance_in_lockstep
 from quantlab.methods.base import Quantizer, Step
@@ -20,49 +20,74 @@ from quantlab.models import Block, LoadedModel, block_list, get_block
 from quantlab.packing import OutlierWeight, PackedWeight
 from quantlab.training.workshop import Workshop
 
+Keep = Callable[[Block, dict[str, PackedWeight]], dict[str, PackedWeight]]
+"""Called with each block when nothing more is done to it; returns its packed weights."""
+
 
 @torch.no_grad()
-@kept_memory()
 def quantize_blocks(
-    model: LoadedModel, method: Quantizer, config: Any, ids: Tensor | None, step: Step
+    model: LoadedModel,
+    method: Quantizer,
+    config: Any,
+    ids: Tensor | None,
+    step: Step,
+    keep: Keep | None = None,
 ) -> dict[str, PackedWeight]:
     """Quantize every block of `model` in place: its linears become QuantLinears.
+
+    The weights of one block after another are brought into memory where they are not, and `keep`
+    may put away what became of them (`quantlab.export.spool`), so that depth takes no memory.
 
     ids: int64 [pieces, length], the calibration tokens, for methods that need statistics; `config`
     may be what the method's `plan` made of its config. Returns the packed weights by the linears'
     full paths. Raises: MethodError.
     """
-    needs = method.needs_for(config)
-    runner = None
-    if needs and ids is not None:
-        original = "cross_moment" in needs
-        runner = BlockRunner(model, ids, original=original, single=method.sequential)
-    count = len(block_list(model.module, model.family))
-    packed: dict[str, PackedWeight] = {}
-    for index in range(count):
-        step(index, count)
-        block = get_block(model.module, model.family, index)
-        check_finite(block)
-        if runner is not None and method.sequential:
-            weights = quantize_in_lockstep(runner, block, method, config)
-            install(block, weights)
-        else:
-            stats: dict[str, ActStats] = {}
-            if runner is not None:
-                stats = dict(runner.collect(block, needs, advance=not method.sees_error))
-            weights = method.quantize_block(block, stats, config)
-            ahead = runner if method.sees_error and index < count - 1 else None
-            if ahead is not None and only_weights(weights):
-                unpack_into(block, weights)
-                ahead.advance(block)
-                ahead = None
-            install(block, weights)
-            if ahead is not None:
-                ahead.advance(block)
-        for path, weight in weights.items():
-            packed[f"{model.family.blocks}.{index}.{path}"] = weight
-    step(count, count)
-    return packed
+    with kept_memory(temporaries(model)):
+        needs = method.needs_for(config)
+        runner = None
+        if needs and ids is not None:
+            original = "cross_moment" in needs
+            runner = BlockRunner(model, ids, original=original, single=method.sequential)
+        count = len(block_list(model.module, model.family))
+        packed: dict[str, PackedWeight] = {}
+        for index in range(count):
+            step(index, count)
+            model.fetch(index)
+            block = get_block(model.module, model.family, index)
+            check_finite(block)
+            # Layers that are put away at once need no kernel.
+            resting = keep is not None
+            if runner is not None and method.sequential:
+                weights = quantize_in_lockstep(runner, block, method, config)
+                install(block, weights, resting=resting)
+            else:
+                stats: dict[str, ActStats] = {}
+                if runner is not None:
+                    stats = dict(runner.collect(block, needs, advance=not method.sees_error))
+                weights = method.quantize_block(block, stats, config)
+                ahead = runner if method.sees_error and index < count - 1 else None
+                if ahead is not None and only_weights(weights):
+                    unpack_into(block, weights)
+                    ahead.advance(block)
+                    ahead = None
+                install(block, weights, resting=resting and ahead is None)
+                if ahead is not None:
+                    ahead.advance(block)
+            if keep is not None:
+                weights = keep(block, weights)
+                hand_back()
+            for path, weight in weights.items():
+                packed[f"{model.family.blocks}.{index}.{path}"] = weight
+        step(count, count)
+        return packed
+
+
+def temporaries(model: LoadedModel) -> int:
+    """Bytes of the largest tensors that come and go by the dozen: float32 weights, also of two
+    linears together. Second moments of a wide input are larger, and few."""
+    block = get_block(model.module, model.family, 0)
+    largest = max((linear.weight.numel() for linear in block.linears.values()), default=0)
+    return min(max(9 * largest, 2**22), 2**30)
 
 
 def quantize_in_lockstep(
@@ -74,6 +99,7 @@ def quantize_in_lockstep(
     packed: dict[str, PackedWeight] = {}
 
     def solve(stats: Mapping[str, ActStats]) -> None:
+        hand_back()  # What the batches left on their way here is of other sizes.
         part = dataclasses.replace(
             block,
             linears={path: block.linears[path] for path in stats},
@@ -103,10 +129,11 @@ def unpack_into(block: Block, weights: Mapping[str, PackedWeight]) -> None:
         block.linears[path].weight.copy_(weight.dequantize())
 
 
-def install(block: Block, weights: dict[str, PackedWeight]) -> None:
+def install(block: Block, weights: dict[str, PackedWeight], *, resting: bool = False) -> None:
     """Put QuantLinears in the place of the block's linears, so that later blocks see the error."""
     for path, weight in weights.items():
-        replace_linear(block.module, path, QuantLinear(weight, block.linears[path].bias))
+        layer = QuantLinear(weight, block.linears[path].bias, resting=resting)
+        replace_linear(block.module, path, layer)
 
 
 def train_blocks(

@@ -21,17 +21,32 @@ USUAL = {TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25}
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """While open, freed memory stays with the process; afterwards it is handed back."""
+def kept_memory(up_to: int = KEEP[MMAP_THRESHOLD]) -> Iterator[None]:
+    """While open, freed memory stays with the process; afterwards it is handed back.
+
+    Only tensors of `up_to` bytes are kept. The larger ones, if they are few, cost little time to
+    clear, and would leave holes that nothing else fills: a third of GPTQ's memory was such holes.
+    """
     libc = _gnu_libc()
     if libc is None:
         yield
         return
-    _set(libc, KEEP)
+    _set(libc, {**KEEP, MMAP_THRESHOLD: up_to})
     try:
         yield
     finally:
         _set(libc, USUAL)
+        libc.malloc_trim(0)
+
+
+def hand_back() -> None:
+    """Give the pages of all free memory back to the system, also inside `kept_memory`.
+
+    What stays of a block (norms, biases) lies scattered in the room that the block's large tensors
+    left, so that the next block's do not quite fit there: without this, a loop over blocks grows.
+    """
+    libc = _gnu_libc()
+    if libc is not None:
         libc.malloc_trim(0)
 
 

@@ -33,16 +33,23 @@ class QuantLinear(nn.Module):
     chosen for it. `.choice` says which kernel runs and why. A kernel that keeps the codes in a
     layout of its own keeps the only copy of them; `.weight_packed` rebuilds the plain weight from
     it exactly. Layers without a kernel dequantize a tile at a time and keep nothing. No gradient
-    flows. `nbytes` and `bits_per_weight` are those of the plain packed weight.
+    flows. `nbytes` and `bits_per_weight` are those of the plain packed weight. A `resting` layer
+    holds its weight as it is and asks for no kernel: it is there to be written, not to run.
     """
 
     choice: Choice
     bias: Tensor | None
 
     def __init__(
-        self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype = torch.bfloat16
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        resting: bool = False,
     ) -> None:
         super().__init__()
+        self.resting = resting
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
         self.nbytes, self.bits_per_weight = weight.nbytes, weight.bits_per_weight
@@ -66,6 +73,8 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def _prepare(self, weight: PackedWeight, bias: Tensor | None) -> tuple[Choice, Prepared | None]:
+        if self.resting:
+            return dispatch.fallback("the layer rests"), None
         if isinstance(weight, OutlierWeight):
             return self._prepare_outlier(weight, bias)
         if isinstance(weight, PermutedWeight):

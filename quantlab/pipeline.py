@@ -35,7 +35,7 @@ from quantlab.measure import measure
 from quantlab.meter import Meter
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.quality import Reference, reference_states
-from quantlab.models import LoadedModel, ModelSource, context_of, load, locate
+from quantlab.models import LoadedModel, ModelSource, context_of, load, locate, stream
 from quantlab.results import ResultRecord
 from quantlab.store import Store, storage_errors
 from quantlab.texts import TokenText, calibration_ids, check_text, tokenize
@@ -363,7 +363,12 @@ def quantize(
     check_fit(variant, format, source, spec)
     ids = None
     if needs_calibration(variant, spec):
-        ids = _calibration(load(source, allow_pickle=spec.allow_pickle), spec, emit).ids
+        # Only a text that the model writes itself needs all of it in memory.
+        opened = (load if spec.calibration == "self" else stream)(
+            source, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code
+        )
+        ids = _calibration(opened, spec, emit).ids
+        del opened
     with storage_errors(out), tempfile.TemporaryDirectory(dir=writable_parent(out)) as folder:
         new, meter = Path(folder) / "new", Meter(emit, 1)
         prepared = prepare_variant(variant, source, ids, new, spec, meter, format)

@@ -22,10 +22,11 @@ from quantlab.environment import default_threads, resolve_device
 from quantlab.errors import MethodError
 from quantlab.export import checkpoint, checkpoint_reader, gguf, onnx_int8, quantlab_format
 from quantlab.export.formats import FORMATS
+from quantlab.export.spool import Spool
 from quantlab.foreign import adopt
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
-from quantlab.models import LoadedModel, ModelSource, load
+from quantlab.models import LoadedModel, ModelSource, load, stream
 from quantlab.outer import check_outer, pack_outer
 from quantlab.packing import PackedWeight
 from quantlab.paths import home
@@ -65,7 +66,8 @@ def prepare_variant(
     if known is not None:
         return known
     emit(Progress(variant.label, "load", 0, 1, 0.0))
-    model = _load(source, spec)
+    method, config = METHODS[variant.method], configure(variant, spec.group_size)
+    model = _load(source, spec, whole=method.whole_model(config))
     as_gguf = variant.method == "gguf" and model.family.gguf is not None
     if as_gguf:
         gguf.check(model)
@@ -106,13 +108,15 @@ def _quantize(
     # Blocks see the error of the embedding as well; training needs gradients through the head.
     packed = {} if method.trains else pack_outer(model, config)
     workshop = _workshop(variant, model.source, ids, spec, emit)
-    packed |= _packed(variant, model, ids, plan, workshop, emit)
+    spool = None if model.files is None else Spool(folder / "blocks", model.family.blocks)
+    packed |= _packed(variant, model, ids, plan, workshop, spool, emit)
     if method.trains:
         packed |= pack_outer(model, config)
     outer = quantize_outer(model, method, config) if format == "gguf" else {}
     details = method.report(model, plan, packed)
     seconds = time.perf_counter() - started + workshop.earlier_seconds
-    fallbacks: tuple[str, ...] = ()
+    note = model.family.note
+    fallbacks: tuple[str, ...] = () if note is None else (note,)
     kind: Kind = "quantlab"
     if format == "gguf":
         kind = "gguf"
@@ -120,7 +124,9 @@ def _quantize(
         size = gguf.weight_bytes(path)
     else:
         if variant.method == "gguf":
-            fallbacks = (f"llama.cpp has no {model.family.name} architecture: blocks run in torch",)
+            fallbacks += (
+                f"llama.cpp has no {model.family.name} architecture: blocks run in torch",
+            )
         if format in FORMATS:
             kind = "checkpoint"
             path = checkpoint.write(folder / "weights", format, model, packed)
@@ -130,6 +136,7 @@ def _quantize(
                 model,
                 packed,
                 {"model": model.source.name, "method": variant.method, "config": config.to_json()},
+                spool,
             )
         plain = quantlab_format.plain_weights(model.module)
         size = sum(weight.nbytes for weight in packed.values())
@@ -145,6 +152,8 @@ def _quantize(
         details=details,
         curves=workshop.curves,
     )
+    if spool is not None:
+        shutil.rmtree(spool.folder)
     prepared = _keep_about(prepared, folder)
     workshop.clear()
     return prepared
@@ -189,6 +198,7 @@ def _packed(
     ids: Tensor | None,
     config: Any,
     workshop: Workshop,
+    spool: Spool | None,
     emit: Emit,
 ) -> dict[str, PackedWeight]:
     method = METHODS[variant.method]
@@ -199,6 +209,7 @@ def _packed(
             config,
             ids,
             lambda done, total: emit(Progress(variant.label, "quantize", done, total, 0.0)),
+            None if spool is None else spool.keep,
         )
     assert ids is not None
     try:
@@ -240,13 +251,15 @@ def read_about(folder: Path) -> Prepared | None:
 
 
 def _unquantized(variant: VariantSpec, source: ModelSource, spec: RunSpec) -> Prepared:
-    model = _load(source, spec)
+    model = _load(source, spec, whole=False)
     bytes_each = 4 if variant.method == "fp32" else 2
     return Prepared("unquantized", Path(), bytes_each * model.parameters, model.parameters)
 
 
-def _load(source: ModelSource, spec: RunSpec, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    return load(
+def _load(
+    source: ModelSource, spec: RunSpec, dtype: torch.dtype = torch.float32, *, whole: bool = True
+) -> LoadedModel:
+    return (load if whole else stream)(
         source,
         dtype=dtype,
         allow_pickle=spec.allow_pickle,

@@ -14,7 +14,7 @@ from quantlab.answers import Answering, answer_prompts, first_difference, mark_d
 from quantlab.engine import Session, encode_prompt, generate
 from quantlab.results import ResultRecord
 from quantlab.types import Event, Generation, OutputDelta, Progress
-from tests.tiny import CONTEXT, EOS, VOCABULARY, tiny, tokenizer
+from tests.tiny import CONTEXT, EOS, FEW, VOCABULARY, tiny, tokenizer
 
 
 class Script:
@@ -135,7 +135,7 @@ def test_steps_give_way_after_every_token() -> None:
     assert isinstance(steps[-1], Generation)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "neox"])
+@pytest.mark.parametrize("name", FEW)
 def test_a_real_model_answers_as_it_generates(name: str) -> None:
     model = tiny(name)
     prompt = "The river carried timber"

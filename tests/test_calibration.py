@@ -25,6 +25,7 @@ from quantlab.models.loading import prepare_module
 from tests.tiny import (
     CONTEXT,
     FAMILIES,
+    GENERIC,
     VOCABULARY,
     block_of,
     randomize,
@@ -271,8 +272,8 @@ def test_bfloat16_products_stay_close(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_linear_that_never_runs_is_named() -> None:
-    model = tiny("neox")
-    model.module.gpt_neox.layers[0].spare = nn.Linear(4, 4)
+    model = tiny(GENERIC)
+    model.module.transformer.h[0].spare = nn.Linear(4, 4)
     runner = BlockRunner(model, token_ids(2, 16))
     with pytest.raises(ModelError, match="block 0 never calls spare"):
         runner.collect(block_of(model), ["mean"])

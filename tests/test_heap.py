@@ -42,10 +42,14 @@ def check_in_a_fresh_process() -> None:
     after = psutil.Process().memory_info().rss
     assert inside - before > 0.9 * SIZE
     assert after - before < 0.1 * SIZE
+    with heap.kept_memory():
+        resident_after_freeing()
+        heap.hand_back()
+        assert psutil.Process().memory_info().rss - before < 0.1 * SIZE
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap.sys, "platform", "darwin")
     monkeypatch.setattr(heap.ctypes, "CDLL", None)  # would fail if it were called
     with heap.kept_memory():
-        pass
+        heap.hand_back()

@@ -16,7 +16,7 @@ from quantlab.lockstep import advance_in_lockstep, shared_leaders
 from quantlab.methods import METHODS, configure, parse_variant
 from quantlab.models import Block, LoadedModel
 from quantlab.packing import PackedWeight
-from tests.tiny import FAMILIES, block_of, recorded_inputs, tiny, token_ids
+from tests.tiny import FAMILIES, GENERIC, block_of, recorded_inputs, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -102,8 +102,8 @@ def test_linears_that_read_one_tensor_are_solved_together() -> None:
 
 
 def test_a_linear_that_never_runs_is_named() -> None:
-    model = tiny("neox")
-    model.module.gpt_neox.layers[0].spare = nn.Linear(4, 4)
+    model = tiny(GENERIC)
+    model.module.transformer.h[0].spare = nn.Linear(4, 4)
     runner = BlockRunner(model, token_ids(2, 16), single=True)
     with pytest.raises(ModelError, match="block 0 never calls spare"):
         advance_in_lockstep(runner, block_of(model), ["second_moment"], lambda stats: None)

@@ -42,6 +42,8 @@ from tests.tiny import (
     CONTEXT,
     FAMILIES,
     FIRST_CLASS,
+    GENERIC,
+    GROUPED,
     block_of,
     logits,
     lone_block,
@@ -72,9 +74,9 @@ def test_blocks_list_every_linear(name: str) -> None:
         found = {path for path, m in block.module.named_modules() if isinstance(m, nn.Linear)}
         assert block.linears.keys() == block.kinds.keys() == found
         assert (block.index, block.count, block.head_dim, block.heads) == (index, 3, 16, 4)
-        assert block.kv_heads == (2 if name in ("llama", "mistral", "qwen2") else 4)
+        assert block.kv_heads == (2 if name in GROUPED else 4)
         assert all(block.module.get_submodule(p) is m for p, m in block.linears.items())
-    assert model.family.first_class == (name != "neox")
+    assert model.family.first_class == (name != GENERIC)
 
 
 def test_kinds_are_those_of_gguf_files() -> None:
@@ -88,9 +90,18 @@ def test_kinds_are_those_of_gguf_files() -> None:
             assert fold.kind == "norm" or fold.source in paths
 
 
+def test_the_native_decoder_knows_the_same_architectures() -> None:
+    """Its linears, and which norms multiply by one plus their weight, are those of the table."""
+    from quantlab import native_records
+
+    for name in native_records.FAMILIES:
+        assert {path for path, _ in TABLE[name].linears} == set(native_records.PATHS.values())
+        assert TABLE[name].norm_offset == float(name.startswith("gemma"))
+
+
 def test_a_generic_family_takes_the_longest_list_and_has_no_folds() -> None:
-    model = tiny("neox", blocks=3)
-    assert longest_module_list(model.module) == "gpt_neox.layers"
+    model = tiny(GENERIC, blocks=3)
+    assert longest_module_list(model.module) == "transformer.h"
     block = block_of(model)
     assert not block.folds
     assert all(kind == path for path, kind in block.kinds.items())

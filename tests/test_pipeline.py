@@ -334,7 +334,12 @@ def test_answers_are_refused_when_the_model_has_changed(home: Path, folder: Path
         ("qwen2", "gptq:4"),
         ("gpt2", "awq:4"),
         ("opt", "smoothquant:8"),
-        ("neox", "rtn:4"),
+        ("neox", "gptq:4"),
+        ("qwen3", "awq:4"),
+        ("gemma2", "rtn:4"),
+        ("gemma3", "awq:4"),
+        ("phi3", "smoothquant:8"),
+        (tiny.GENERIC, "awq:4"),
     ],
 )
 def test_a_written_folder_measures_like_the_variant_it_came_from(
@@ -350,6 +355,8 @@ def test_a_written_folder_measures_like_the_variant_it_came_from(
     assert (alone.size_bytes, alone.bits) == (record.size_bytes, record.bits)
     assert alone.outputs[0].text == record.outputs[0].text
     assert alone.kl_divergence is None
+    generic = [text for text in record.fallbacks if "generic path, no folds" in text]
+    assert len(generic) == (family == tiny.GENERIC)
 
 
 def test_a_written_gguf_measures_like_the_variant_it_came_from(

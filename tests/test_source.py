@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantlab.errors import ModelError
 from quantlab.models import ARTIFACT_FILE, load, locate
-from tests.tiny import logits, randomize, raw_model, saved, tiny, token_ids, tokenizer
+from tests.tiny import GENERIC, logits, randomize, raw_model, saved, tiny, token_ids, tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def refusal(name: str | Path, **flags: bool) -> str:
 # --- folders -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "neox"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2", "opt", "neox", GENERIC])
 def test_a_folder_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
     original = raw_model(name)
     randomize(original, 5)
@@ -58,7 +58,7 @@ def test_a_folder_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(
         logits(model.module, ids), logits(original.eval(), ids), rtol=1e-5, atol=1e-5
     )
-    assert bool(model.notes) == (name == "neox")
+    assert bool(model.notes) == (name == GENERIC)
     assert all("generic path" in note for note in model.notes)
 
 

@@ -242,7 +242,7 @@ def test_the_same_samples_come_from_a_fresh_cache(
     assert torch.equal(sample_from_model(tiny(), 2, 16, 3, ignore), first)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "neox", "falcon"])
 def test_samples_follow_the_model_at_temperature_one(name: str) -> None:
     """Sampled tokens are as likely as the model says: their mean log-probability is the mean of
     -entropy over the same positions, within four standard errors."""

@@ -15,6 +15,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -25,9 +33,15 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from quantlab.models import Block, LoadedModel, ModelSource, get_block
@@ -39,9 +53,18 @@ VOCABULARY = 384
 CONTEXT = 128
 BOS, EOS = 0, 1
 
-FIRST_CLASS = ("llama", "mistral", "qwen2", "gpt2", "opt", "opt-post")
-FAMILIES = (*FIRST_CLASS, "neox")
-"""`opt-post` normalises after each sublayer, as OPT-350m does; `neox` is a generic family."""
+FIRST_CLASS = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "phi3"),
+    *("gpt2", "neox", "neox-serial", "opt", "opt-post"),
+)
+GENERIC = "falcon"
+FAMILIES = (*FIRST_CLASS, GENERIC)
+"""`opt-post` normalises after each sublayer, as OPT-350m does; GPT-NeoX runs both sublayers on the
+block's input, `neox-serial` one after the other. `falcon` is a generic family."""
+GROUPED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "phi3")
+"""Families with two query heads a key-value head here."""
+FEW = ("llama", "gemma3", "phi3", "gpt2", "neox", "opt", GENERIC)
+"""One of each kind of block, for tests that take long."""
 
 
 def raw_model(name: str, *, width: int = 64, blocks: int = 2, tied: bool = False) -> Any:
@@ -71,6 +94,21 @@ def raw_model(name: str, *, width: int = 64, blocks: int = 2, tied: bool = False
             return MistralForCausalLM(MistralConfig(**llama, head_dim=16, sliding_window=8))
         case "qwen2":
             return Qwen2ForCausalLM(Qwen2Config(**llama))
+        case "qwen3":
+            return Qwen3ForCausalLM(Qwen3Config(**llama, head_dim=16))
+        case "smollm3":
+            return SmolLM3ForCausalLM(SmolLM3Config(**llama, no_rope_layers=[1, 0] * blocks))
+        case "gemma":
+            return GemmaForCausalLM(GemmaConfig(**llama, head_dim=16))
+        case "gemma2":
+            size = llama | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+            return Gemma2ForCausalLM(Gemma2Config(**size))
+        case "gemma3":
+            size = llama | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+            kinds = ["sliding_attention", "full_attention"] * blocks
+            return Gemma3ForCausalLM(Gemma3TextConfig(**size, layer_types=kinds[:blocks]))
+        case "phi3":
+            return Phi3ForCausalLM(Phi3Config(**llama, sliding_window=8))
         case "gpt2":
             size = {"n_embd": width, "n_layer": blocks, "n_head": heads, "n_inner": width + 32}
             return GPT2LMHeadModel(GPT2Config(**shared, **size, n_positions=CONTEXT))
@@ -79,9 +117,14 @@ def raw_model(name: str, *, width: int = 64, blocks: int = 2, tied: bool = False
             for gone in ("intermediate_size", "num_key_value_heads"):
                 del size[gone]
             return OPTForCausalLM(OPTConfig(**size, do_layer_norm_before=name == "opt"))
-        case "neox":
+        case "neox" | "neox-serial":
             size = {key: value for key, value in llama.items() if key != "num_key_value_heads"}
-            return GPTNeoXForCausalLM(GPTNeoXConfig(**size))
+            parallel = name == "neox"
+            return GPTNeoXForCausalLM(GPTNeoXConfig(**size, use_parallel_residual=parallel))
+        case "falcon":
+            size = {key: value for key, value in llama.items() if key != "num_key_value_heads"}
+            size["ffn_hidden_size"] = size.pop("intermediate_size")
+            return FalconForCausalLM(FalconConfig(**size, new_decoder_architecture=False))
     raise ValueError(name)
 
 

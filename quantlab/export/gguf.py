@@ -3,8 +3,9 @@
     write(path, model, packed, outer, "q4_k_m")     # metadata, tokenizer and tensors
     weights = read(path)                            # ggml name -> GGMLWeight, bytes as in the file
 
-The `gguf` package writes the container; what stands in it is decided in `gguf_model` and
-`gguf_tokenizer`. Source: the GGUF specification and llama.cpp's model loader (ggml-org).
+The `gguf` package writes the container; what stands in it is decided in `gguf_architectures`,
+`gguf_model` and `gguf_tokenizer`. Source: the GGUF specification and llama.cpp's model loader
+(ggml-org).
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.export.gguf_architectures import ARCHITECTURES
 from quantlab.export.gguf_model import (
-    ARCHITECTURES,
     add_metadata,
     architecture,
     rope_factors,
-    rope_order,
     shape_of,
     weight_names,
 )
@@ -166,11 +166,9 @@ def _entries(
 ) -> Iterator[_Entry]:
     """The tensors in the order of the file. Raises: ConfigError for weights of another kind."""
     assert model.family.gguf is not None
-    shape, rotated = shape_of(model), ARCHITECTURES[model.family.gguf].rotated
-    orders = {
-        kind: rope_order(shape.heads if kind == "attn_q" else shape.kv_heads, shape.head_dim)
-        for kind in rotated
-    }
+    shape, offset = shape_of(model), model.family.norm_offset
+    ordered = ARCHITECTURES[model.family.gguf].orders
+    orders = {kind: order(shape) for kind, order in ordered.items()}
     factors = rope_factors(model.module.config, shape.head_dim)
     if factors is not None:
         yield _Entry("rope_freqs.weight", factors)
@@ -182,12 +180,15 @@ def _entries(
         if kind == "output" and tied:
             continue
         owner = model.module.get_submodule(path)
-        weight = packed.get(path, outer.get(kind)) if field == "weight" else None
+        weight: Any = packed.get(path, outer.get(kind)) if field == "weight" else None
         if weight is None and field == "weight" and isinstance(owner, QuantLinear):
             weight = owner.weight_packed
         if weight is None:
             weight = getattr(owner, field, None)
         elif not isinstance(weight, GGMLWeight):
             raise ConfigError(f"GGUF files hold ggml blocks; {path} is {type(weight).__name__}")
+        if offset and kind.endswith("_norm") and isinstance(weight, Tensor):
+            # llama.cpp multiplies by the norm's weight as it stands.
+            weight = weight.detach().float() + offset
         if weight is not None:
             yield _Entry(name, weight, orders.get(kind))

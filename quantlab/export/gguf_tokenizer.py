@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.errors import ModelError
+from quantlab.export.gguf_model import title
 from quantlab.models import LoadedModel
 from quantlab.models.gguf_header import ARRAY, read_header
 from quantlab.models.pre_tokenizers import PRE_TOKENIZERS, pre_steps
@@ -75,14 +76,18 @@ def add_tokenizer(writer: Any, model: LoadedModel, rows: int) -> None:
             _add_vocabulary(target, vocabulary, pre)
             _add_special(target, model)
 
-        difference = _difference(writer.arch, add, probe)
+        def named(target: Any, add: Callable[[Any], None] = add) -> None:
+            target.add_name(title(model))
+            add(target)
+
+        difference = _difference(writer.arch, named, probe)
         if difference is None:
             add(writer)
             return
         trouble = trouble or difference
-    named = f"rules {rules[0]!r}" if len(rules) == 1 else "any of the rules " + ", ".join(rules)
+    tried = f"rules {rules[0]!r}" if len(rules) == 1 else "any of the rules " + ", ".join(rules)
     raise ModelError(
-        f"model: with {named}, llama.cpp reads text differently from its tokenizer: {trouble}",
+        f"model: with {tried}, llama.cpp reads text differently from its tokenizer: {trouble}",
         hint="keep the QuantLab format, or start from a GGUF file, whose tokenizer is copied",
     )
 

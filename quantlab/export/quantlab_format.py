@@ -2,6 +2,7 @@
 
     quantlab.json       {"format": 1, "model": …, "method": …, "packed": {path: description}, …}
     weights.safetensors packed tensors as `path::field`, all other weights in bfloat16
+    block-00000.safetensors, … the same of the blocks, where they were written one by one
     config.json, tokenizer files as transformers writes them
 
 Only the weights' meaning is stored, nothing that a kernel made of it.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.export.spool import PATTERN, Spool
 from quantlab.layers import QuantEmbedding, QuantLinear, replace_linear
 from quantlab.models import ARTIFACT_FILE, LoadedModel, skeleton
 from quantlab.models.json_files import read_json
@@ -31,28 +33,38 @@ WEIGHTS = "weights.safetensors"
 
 
 def save(
-    folder: Path, model: LoadedModel, packed: Mapping[str, PackedWeight], about: Mapping[str, Any]
+    folder: Path,
+    model: LoadedModel,
+    packed: Mapping[str, PackedWeight],
+    about: Mapping[str, Any],
+    spool: Spool | None = None,
 ) -> Path:
     """Write `model` (its linears already replaced) with its packed weights; returns `folder`.
 
-    `about` is kept in quantlab.json (method, config, original). Written to a folder beside the
+    `about` is kept in quantlab.json (method, config, original); the files of `spool` are moved here
+    as they are, and nothing that they hold is written again. Written to a folder beside the
     target and renamed, so that a crash leaves nothing half done. Raises: OSError on a full disk.
     """
     from safetensors.torch import save_file
 
     check_target(folder)
+    kept = set() if spool is None else spool.names
     tensors = {
         f"{path}::{field}": tensor.contiguous()
         for path, weight in packed.items()
         for field, tensor in weight.tensors().items()
+        if f"{path}::{field}" not in kept
     }
     for name, tensor in plain_weights(model.module).items():
-        tensors[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        if name not in kept:
+            tensors[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        for file in [] if spool is None else sorted(spool.folder.glob(PATTERN)):
+            file.rename(partial / file.name)
         model.module.config.save_pretrained(partial)
         model.tokenizer.save_pretrained(partial)
         document = {
@@ -108,8 +120,10 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LoadedModel
         raise ModelError(f"model: {folder.name} has format {about.get('format')}, not {FORMAT}")
     if not (folder / WEIGHTS).is_file():
         raise ModelError(f"model: {folder.name} has no {WEIGHTS}")
-    check_safetensors(folder / WEIGHTS)
-    tensors = load_file(folder / WEIGHTS)
+    tensors: dict[str, Tensor] = {}
+    for file in (folder / WEIGHTS, *sorted(folder.glob(PATTERN))):
+        check_safetensors(file)
+        tensors |= load_file(file)
     module, tokenizer = skeleton(folder, dtype)
     family = family_of(module)  # while its linears are still plain
     try:

@@ -215,6 +215,11 @@ class Quantizer(ABC):
         """
         return None
 
+    def whole_model(self, config: Any) -> bool:
+        """Whether all blocks have to be in memory at once: for training from end to end, or for a
+        plan that is measured on the whole model. The others are read and put away one by one."""
+        return self.trains
+
     def needs_for(self, config: Any) -> tuple[StatKind, ...]:
         """The statistics `quantize_block` reads with this `config`."""
         return self.needs

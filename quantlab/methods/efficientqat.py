@@ -14,6 +14,7 @@ original's own inputs as in its authors' code. Different here, where a few tens 
 tokens have to do: weights start compensated as in GPTQ, learning rates are relative to the step
 size, each token's error counts relative to its size, and E2E-QP distils. The paper's plain loss,
 start and goal are options.
+The end-to-end phase needs the whole model in memory, so both phases keep it there.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ pattern that matches its name. With a budget, widths are chosen such that the su
 KL divergences (each measured alone, `quantlab.sensitivity`) is least, by an exact knapsack
 (`quantlab.allocation`). The budget is the mean bits a weight over all linears of the blocks, codes,
 scales and zero-points counted; embedding, head and norms stand outside it.
+Measuring needs the whole model in memory; without a budget one block at a time is.
 The arithmetic is another method's, asked of the register for the linears of each width together.
 Source: Dong et al. 2019, arXiv 1911.03852 (allocation by sensitivity); Frantar and Alistarh 2022,
 arXiv 2208.11580, section 5 (losses of single layers, knapsack under a budget).
@@ -171,6 +172,10 @@ class Mixed(base.Quantizer):
         chosen = config.config if isinstance(config, Plan) else config
         needs = base.registry()[chosen.arithmetic].needs
         return needs or (("square",) if chosen.budget else ())
+
+    def whole_model(self, config: MixedConfig) -> bool:
+        """A budget is allocated by the whole model's sensitivity."""
+        return bool(config.budget)
 
     def weight_bits(self, config: MixedConfig) -> int:
         """The whole bits of a budget, else the fewest that any kind or pattern has."""

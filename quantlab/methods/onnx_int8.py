@@ -67,6 +67,10 @@ class OnnxInt8(base.Quantizer):
     def storage(self, config: OnnxInt8Config) -> Storage:
         return int8_storage(config, "dynamic_tensor", per_channel=config.per_channel)
 
+    def whole_model(self, config: object) -> bool:
+        """ONNX Runtime quantizes a graph of the whole model."""
+        return True
+
     def quantize_block(
         self, block: Block, stats: Mapping[str, ActStats], config: OnnxInt8Config
     ) -> dict[str, PackedWeight]:

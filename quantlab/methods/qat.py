@@ -6,7 +6,8 @@ Every linear computes with w^ = (clamp(round(w/s) + z) - z) s, gradients pass ar
 Sources: Jacob et al. 2018, arXiv 1712.05877, section 3 (training with simulated quantization);
 Liu et al. 2023, LLM-QAT, arXiv 2305.17888, for language models (their data are sampled from the
 model itself: calibrate on `self`; their goal is the original's predictions: goal=original). Here
-for comparison with EfficientQAT: weights only, no quantized cache, and few steps.
+for comparison with EfficientQAT: weights only, no quantized cache, and few steps. The whole model
+is in memory.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from quantlab.models.catalogue import CATALOGUE, CatalogueEntry
 from quantlab.models.families import FAMILIES, Family, Fold
 from quantlab.models.loading import LoadedModel, context_of, load, skeleton
 from quantlab.models.source import ARTIFACT_FILE, ModelSource, locate
+from quantlab.models.streaming import stream
 
 __all__ = [
     "ARTIFACT_FILE",
@@ -27,4 +28,5 @@ __all__ = [
     "load",
     "locate",
     "skeleton",
+    "stream",
 ]

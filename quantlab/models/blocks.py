@@ -133,14 +133,21 @@ def apply_fold(block: Block, fold: Fold, scale: Tensor) -> None:
         if isinstance(bias, Tensor):
             bias.div_(scale)
     else:
-        rows = source_scale(block, fold, scale)
-        # Values come last in a fused q-k-v projection, and "up" last in a fused gate-up one.
-        first = weight.shape[0] - rows.shape[0]
-        weight[first:] /= rows[:, None]
+        divisor = source_scale(block, fold, scale)
+        rows = source_rows(block, fold, weight.shape[0], divisor.shape[0])
+        weight[rows] /= divisor[:, None]
         if isinstance(bias, Tensor):
-            bias[first:] /= rows
+            bias[rows] /= divisor
     for target in fold.targets:
         block.linears[target].weight.mul_(scale)
+
+
+def source_rows(block: Block, fold: Fold, rows: int, count: int) -> slice | Tensor:
+    """Which `count` of the source's `rows` the targets read (`Fold.rows`), in their order."""
+    if fold.rows == "last":
+        return slice(rows - count, rows)
+    every = torch.arange(rows).view(-1, 3, block.head_dim)
+    return every[:, 2].reshape(-1)
 
 
 def source_scale(block: Block, fold: Fold, scale: Tensor) -> Tensor:

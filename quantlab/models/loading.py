@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from quantlab.errors import ModelError
 from quantlab.models import bundled
-from quantlab.models.blocks import longest_module_list
+from quantlab.models.block_files import BlockFiles
+from quantlab.models.blocks import block_list, longest_module_list
 from quantlab.models.families import FAMILIES, Family, generic_family
 from quantlab.models.gguf_header import read_header
 from quantlab.models.hub import quantized_config
@@ -28,7 +29,8 @@ from quantlab.paths import home
 @dataclass
 class LoadedModel:
     """A model in memory. `module` is transformers' causal LM, in eval mode, gradients off;
-    `gguf` the GGUF file it came from (its tokenizer and metadata can be copied from there)."""
+    `gguf` the GGUF file it came from (its tokenizer and metadata can be copied from there);
+    `files` says where its blocks lie when they are not in memory (`quantlab.models.streaming`)."""
 
     source: ModelSource
     module: Any
@@ -36,6 +38,13 @@ class LoadedModel:
     family: Family
     gguf: Path | None = None
     notes: tuple[str, ...] = ()
+    files: BlockFiles | None = None
+
+    def fetch(self, index: int) -> None:
+        """Bring the weights of block `index` into memory, if they are not. Raises: ModelError."""
+        if self.files is not None:
+            block = block_list(self.module, self.family)[index]
+            self.files.fetch(block, index)
 
     @property
     def parameters(self) -> int:
@@ -79,8 +88,8 @@ def load(
             where, file = str(source.path.parent), source.path.name
         module, tokenizer = _from_transformers(where, dtype, allow_pickle, trust_remote_code, file)
     family = family_of(module)
-    if not family.first_class:
-        notes += (f"{family.name} is not in the architecture table: generic path, no folds",)
+    if family.note is not None:
+        notes += (family.note,)
     return LoadedModel(source, prepare_module(module), tokenizer, family, gguf, notes)
 
 
@@ -110,15 +119,21 @@ def prepare_module(module: Any) -> Any:
 def skeleton(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The module (weights uninitialised, GPT-2's linears in place) and tokenizer that a folder's
     config describes; for formats that bring their own weights. Raises: ModelError."""
+    with _quiet_transformers(), _one_message(folder.name):
+        return prepare_module(empty_module(folder, dtype)), load_tokenizer(str(folder))
+
+
+def empty_module(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' module for a folder's config; the system gives memory to its weights only when
+    they are written."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with _quiet_transformers(), _one_message(folder.name):
-        config = AutoConfig.from_pretrained(folder)
-        with no_init_weights():
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        module.tie_weights()
-        return prepare_module(module), load_tokenizer(str(folder))
+    config = AutoConfig.from_pretrained(folder)
+    with no_init_weights():
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    module.tie_weights()
+    return module
 
 
 def load_tokenizer(where: str, file: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -14,12 +14,19 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 
 from quantlab.models import LoadedModel, load
@@ -115,6 +122,13 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def phi3_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's, with the end token that llama.cpp looks up in models of this name."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    return tokenizer
+
+
 COMMON: dict[str, Any] = {
     "vocab_size": ROWS,
     "hidden_size": 64,
@@ -145,10 +159,24 @@ OPT: dict[str, Any] = {
     "word_embed_proj_dim": 64,
     "max_position_embeddings": 256,
 }
+NEOX: dict[str, Any] = {
+    **{key: value for key, value in COMMON.items() if key != "num_key_value_heads"},
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
+GEMMA: dict[str, Any] = {**COMMON, "head_dim": 16, "pad_token_id": 1}
+GEMMA2: dict[str, Any] = {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 24}
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, COMMON),
     "mistral": (MistralConfig, COMMON),
     "qwen2": (Qwen2Config, COMMON),
+    "qwen3": (Qwen3Config, {**COMMON, "head_dim": 32}),
+    "smollm3": (SmolLM3Config, {**COMMON, "num_hidden_layers": 5, "pad_token_id": 1}),
+    "gemma": (GemmaConfig, GEMMA),
+    "gemma2": (Gemma2Config, GEMMA2),
+    "gemma3": (Gemma3TextConfig, {**GEMMA2, "num_hidden_layers": 7}),
+    "phi3": (Phi3Config, {**COMMON, "tie_word_embeddings": False, "pad_token_id": 1}),
+    "neox": (GPTNeoXConfig, NEOX),
     "gpt2": (GPT2Config, GPT2),
     "opt": (OPTConfig, OPT),
 }
@@ -163,8 +191,8 @@ def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
 
     def get(kind: str) -> PreTrainedTokenizerFast:
         if kind not in made:
-            sentencepiece = kind == "sentencepiece"
-            made[kind] = sentencepiece_tokenizer() if sentencepiece else byte_level_tokenizer(kind)
+            others = {"sentencepiece": sentencepiece_tokenizer, "phi3": phi3_tokenizer}
+            made[kind] = others[kind]() if kind in others else byte_level_tokenizer(kind)
         return made[kind]
 
     return get
@@ -172,12 +200,13 @@ def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer_of: Callable[[str], PreTrainedTokenizerFast]) -> Make:
-    """`make(family, tokenizer="gpt-2", **config) -> LoadedModel`, from a folder of its own.
+    """`make(family, tokenizer, **config) -> LoadedModel`, from a folder of its own.
 
     Weights are large enough for attention to depend on positions and for logits to spread.
     """
 
-    def build(family: str, tokenizer: str = "gpt-2", **changes: Any) -> LoadedModel:
+    def build(family: str, tokenizer: str = "", **changes: Any) -> LoadedModel:
+        tokenizer = tokenizer or ("phi3" if family == "phi3" else "gpt-2")
         cls, common = CONFIGS[family]
         config = cls(**{**common, **changes})
         torch.manual_seed(7)

@@ -63,6 +63,25 @@ def torch_logits(model: LoadedModel, ids: Tensor) -> Tensor:
         return model.module(ids[None]).logits[0].float()
 
 
+class TableGELU(torch.nn.Module):
+    """GELU as ggml reads it from a table: float16 in and out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.gelu(x.half().float(), approximate="tanh")
+        return y.half().float()
+
+
+def use_table(model: LoadedModel) -> bool:
+    """Give a model with GELU ggml's; whether it has it."""
+    found = False
+    for module in model.module.modules():
+        for name in ("act_fn", "act"):
+            if "GELU" in type(getattr(module, name, None)).__name__:
+                setattr(module, name, TableGELU())
+                found = True
+    return found
+
+
 def round_input(x: Tensor, kind: str) -> Tensor:
     """What ggml makes of the input of a linear whose weight has that format."""
     if kind in ("f16", "bf16"):

@@ -40,7 +40,44 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "no partial rope",
     ),
     "yarn": ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "yarn with beta_fast=16.0"),
-    "wide heads": ("qwen2", {"head_dim": 32}, "no heads of 32, only heads of 16"),
+    "wide heads": ("qwen2", {"head_dim": 32}, "no heads of another width"),
+    "biases": (
+        "qwen3",
+        {"attention_bias": True},
+        "qwen3 architecture has no place for .*q_proj.bias",
+    ),
+    "no biases": ("neox", {"attention_bias": False}, "no linears without bias, such as gpt_neox"),
+    "gemma untied": ("gemma2", {"tie_word_embeddings": False}, "only tied ones"),
+    "gemma's scale": ("gemma2", {"query_pre_attn_scalar": 8}, "only the width of a head"),
+    "gemma's windows": ("gemma3", {"layer_types": ["sliding_attention"] * 7}, "but each 6th"),
+    "gemma's caps": ("gemma2", {"attn_logit_softcapping": None}, "only both capped"),
+    "gemma 3's caps": ("gemma3", {"final_logit_softcapping": 30.0}, "no soft caps"),
+    "gemma both ways": ("gemma3", {"use_bidirectional_attention": True}, "only causal attention"),
+    "gemma's local rope": (
+        "gemma3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            }
+        },
+        "only one with base 10000",
+    ),
+    "smollm3's rope": ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 1]}, "only each 4th"),
+    "phi3's long rope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 128,
+                "factor": 2.0,
+            }
+        },
+        "no longrope rope scaling, only linear",
+    ),
     "rows": ("llama", {"vocab_size": 300}, "has 600 tokens, its embedding only 300 rows"),
 }
 

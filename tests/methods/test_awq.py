@@ -18,7 +18,7 @@ from quantlab.models import Block, Fold, LoadedModel
 from quantlab.packing import AffineWeight
 from tests.methods.planted import inputs, planted, statistics
 from tests.methods.slow_grid import check_grid, rounded
-from tests.tiny import FIRST_CLASS, block_of, logits, random, tiny, token_ids
+from tests.tiny import FIRST_CLASS, GENERIC, block_of, logits, random, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -195,7 +195,7 @@ def test_ordinary_activations_are_not_made_worse() -> None:
 
 
 def test_without_folds_and_clipping_it_is_plain_rounding() -> None:
-    model = tiny("neox")
+    model = tiny(GENERIC)
     packed = METHODS["awq"].quantize_block(
         block_of(model), statistics(model, "awq"), paper_config(group_size=32, clip=False)
     )

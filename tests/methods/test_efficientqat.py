@@ -21,7 +21,7 @@ from quantlab.packing import AffineWeight, PackedWeight, unpack_bits
 from quantlab.training.loops import Rates, train_block
 from quantlab.training.start import begin, install
 from quantlab.training.workshop import Workshop
-from tests.tiny import block_of, logits, tiny, token_ids
+from tests.tiny import GENERIC, block_of, logits, tiny, token_ids
 
 GROUP = 32
 IDS = token_ids(12, 32)
@@ -135,7 +135,9 @@ def test_training_brings_the_model_nearer_to_its_goal(goal: str) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("name", ["gpt2", "opt", "opt-post", "neox", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt", "opt-post", "neox", "qwen2", "gemma3", "phi3", GENERIC]
+)
 @pytest.mark.parametrize("text", ["efficientqat:3:block_epochs=1:e2e_epochs=1", "qat:4:epochs=1"])
 def test_every_family_can_be_trained(name: str, text: str) -> None:
     model, packed, _ = trained(text, model=tiny(name, width=48))

@@ -18,7 +18,7 @@ from quantlab.methods import METHODS, parse_variant
 from quantlab.methods.gguf import GGUFConfig
 from quantlab.models import Block
 from quantlab.packing import GGMLWeight, PackedWeight
-from tests.tiny import block_of, lone_block, random, recorded_inputs, tiny, token_ids
+from tests.tiny import GENERIC, block_of, lone_block, random, recorded_inputs, tiny, token_ids
 
 GGUF = METHODS["gguf"]
 
@@ -79,9 +79,9 @@ def test_narrow_rows_fall_back() -> None:
 
 
 def test_a_generic_family_gets_the_base_format_throughout() -> None:
-    packed = quantized(block_of(tiny("neox")), "q5_0")
+    packed = quantized(block_of(tiny(GENERIC)), "q5_0")
     assert {weight.type for weight in packed.values()} == {"q5_0"}
-    assert packed.keys() == block_of(tiny("neox")).linears.keys()
+    assert packed.keys() == block_of(tiny(GENERIC)).linears.keys()
 
 
 def test_more_bits_lose_less() -> None:

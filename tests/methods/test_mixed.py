@@ -34,7 +34,7 @@ from quantlab.sensitivity import Sensitivity
 from quantlab.types import RunSpec, VariantSpec, ignore
 from quantlab.variants import prepare_variant, read_about
 from tests.records import record
-from tests.tiny import block_of, recorded_inputs, saved, tiny, token_ids
+from tests.tiny import GENERIC, block_of, recorded_inputs, saved, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -97,7 +97,7 @@ def test_kinds_then_patterns_the_last_counts(arithmetic: str) -> None:
     assert MIXED.weight_bits(config) == 3
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "neox"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "neox", "phi3", GENERIC])
 def test_kinds_of_other_families(name: str) -> None:
     block = block_of(tiny(name))
     kinds = {path: layer_kind(kind) for path, kind in block.kinds.items()}
