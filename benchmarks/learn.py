@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for lesson in LESSONS.values():
         for step in lesson.steps:
             for layer in material.layers():

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
+import gradio as gr
+import numpy as np
 import pytest
 
 from quantlab.learn import formats, material, matrix, quiz, records
@@ -15,7 +19,7 @@ from quantlab.plots.terms import paragraphs
 from quantlab.plots.words import translations, words
 from quantlab.ui import learn
 from quantlab.ui.client import Client
-from quantlab.ui.lessons import LESSONS
+from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson, Scene, Step
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
@@ -222,3 +226,40 @@ def test_a_link_names_a_lesson_and_a_step() -> None:
     assert (client.lesson, client.step) == ("columns", 2)
     for odd in ("2", None, -1, 1e9, float("nan"), [], True):
         assert Client.of({"step": odd}).step == 1
+
+
+def test_programs_get_the_same_numbers() -> None:
+    found = {one["format"]: one for one in api.number_formats(-1.5)}
+    assert found["fp16"] == {
+        "format": "fp16",
+        "bits": "1011111000000000",
+        "fields": [1, 5, 10],
+        "value": "-1.5",
+    }
+    product = api.quantized_product([[1.0, -2.0], [0.5, 4.0]], [[2.0, 1.0]], "absmax", 3)
+    assert product["exact"] == ((0.0,), (5.0,))
+    rounded = api.rounding_error([0.1, -0.2, 0.3, 3.0], 4, 2)
+    assert rounded["steps"] == pytest.approx([0.2 / 7, 0.2 / 7, 3 / 7, 3 / 7])
+    row = material.load().weight[0].tolist()
+    block = api.gguf_block(row, "q4_0")
+    kind = gguf.GGMLQuantizationType.Q4_0
+    assert block["bytes"] == gguf.quantize(np.array([row[:32]], np.float32), kind).tobytes().hex()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: api.quantized_product([[1.0, 2.0]], [[1.0]]),
+        lambda: api.quantized_product([[float("nan")]], [[1.0]]),
+        lambda: api.quantized_product([[1.0]], [[1.0]], HOSTILE),
+        lambda: api.quantized_product([[1.0]], [[1.0]], bits=99),
+        lambda: api.rounding_error([], 4),
+        lambda: api.rounding_error([1.0], 4, 0),
+        lambda: api.gguf_block([1.0], "q4_k"),
+        lambda: api.gguf_block([1.0] * 256, "q9"),
+        lambda: api.gguf_block([1.0] * 100_000),
+    ],
+)
+def test_programs_that_ask_wrongly_get_one_message(call: Callable[[], Any]) -> None:
+    with pytest.raises(gr.Error, match=r"^'?(x, w|x|scheme|bits|weights|group_size|type)"):
+        call()

@@ -113,5 +113,5 @@ def scaled(one: Slice, exponent: float, bits: int, group_size: int) -> Scaled:
     scale = scale_of(one, exponent)
     plain, better = rounded(one, bits, group_size), rounded(one, bits, group_size, scale)
     power = one.moment.diagonal()
-    shares = [(back - one.weight).square().sum(0) * power for back in (plain, better)]
-    return Scaled(exponent, scale, *shares, one.output_error(plain), one.output_error(better))
+    before, after = ((back - one.weight).square().sum(0) * power for back in (plain, better))
+    return Scaled(exponent, scale, before, after, one.output_error(plain), one.output_error(better))

@@ -44,7 +44,8 @@ def config(alpha: float, activations: str) -> SmoothQuantConfig:
 
 def scale_of(one: Slice, alpha: float) -> Tensor:
     """Equation 4 for the slice: float32 [columns]."""
-    linear = nn.Linear(*reversed(one.weight.shape), bias=False)
+    rows, columns = one.weight.shape
+    linear = nn.Linear(columns, rows, bias=False)
     linear.weight = nn.Parameter(one.weight, requires_grad=False)
     fold = Fold("norm", "norm", ("linear",))
     block = Block(0, 1, nn.Module(), {"linear": linear}, {"linear": "linear"}, (fold,), 1, 1, 1)

@@ -70,13 +70,15 @@ def taken_apart(weights: Tensor, kind: str, block: int = 0) -> Taken:
     part = weights[block * size : (block + 1) * size]
     data = quantize_rows(part[None], kind)[0]
     decoded = dequantize_rows(data[None], kind, size)[0]
+    factors: tuple[tuple[int, int], ...] = ()
+    dmin: float | None = None
     d = float(data[:2].view(torch.float16).float())
     if kind == "q4_0":
         layout = [("qs", at, (at, at + 16)) for at in range(16)]
         codes = torch.cat((data[2:] & 15, data[2:] >> 4)).long()
         fields = ["d", "d"]
         scales, minima = torch.full((size,), d), torch.full((size,), 8 * d)
-        dmin, factors, head = None, (), 2
+        head = 2
     else:
         # A quarter of 64 weights keeps its first half in low nibbles, its second in high ones.
         layout = [

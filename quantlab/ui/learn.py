@@ -21,7 +21,7 @@ from quantlab.plots import figures
 from quantlab.plots.templates import render
 from quantlab.plots.terms import paragraphs
 from quantlab.ui.client import Client
-from quantlab.ui.lessons import LESSONS
+from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Control, Lesson, Scene, Shown, Step, safely
 from quantlab.ui.lessons.source import Source, build_source, origin_html
 from quantlab.ui.messages import error_message
@@ -147,6 +147,8 @@ def build(shared: Shared) -> Learn:
             for lesson in LESSONS.values():
                 _lesson(tab, lesson)
     _connect(tab)
+    for function in api.FUNCTIONS:
+        gr.api(function, api_name=function.__name__, queue=False)
     return tab
 
 
@@ -346,7 +348,12 @@ def _connect_stage(tab: Learn, stage: Stage) -> None:
         return moved(stage, client, run_id, chosen, kept, given)
 
     if stage.controls:
-        gr.on([one.input for one in stage.controls], move, inputs, stage.outputs, **MOVING)
+        # A text's `input` still carries what the field held before.
+        events = [
+            shown.change if control.kind == "text" else shown.input
+            for control, shown in zip(stage.step.controls, stage.controls, strict=True)
+        ]
+        gr.on(events, move, inputs, stage.outputs, **MOVING)
     if stage.step.act is not None:
         outputs = [state, *stage.controls, *stage.outputs]
         stage.picture.act(_answering(stage), inputs, outputs, **QUIET)

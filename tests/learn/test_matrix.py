@@ -23,40 +23,44 @@ def exact(x: Cells, w: Cells) -> list[list[float]]:
     return [[math.fsum(a * b for a, b in zip(r, c, strict=True)) for c in w] for r in x]
 
 
-def rounded(values: Cells, bits: int, symmetric: bool) -> tuple[list[list[float]], float]:
+def check_factor(found: matrix.Factor, values: Cells, bits: int, symmetric: bool) -> None:
+    """The grid is the one a person would find, and every code the nearest on it."""
     flat = [v for row in values for v in row]
     if symmetric:
-        step, zero = max(map(abs, flat)) / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
+        step, zero = max(map(abs, flat)) / (2 ** (bits - 1) - 1), 0.0
+        lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     else:
         low, high = min(*flat, 0.0), max(*flat, 0.0)
         step = (high - low) / (2**bits - 1)
-        zero = round(-low / step) if step else 0
-    step = max(step, 1e-12)
-    codes = [[min(max(round(v / step) + zero, 0), 2**bits - 1) for v in row] for row in values]
-    return [[(code - zero) * step for code in row] for row in codes], step
+        zero = -low / step if step else 0.0
+        lowest, highest = 0, 2**bits - 1
+    assert found.scale == pytest.approx(max(step, 1e-12), rel=1e-6)
+    assert abs(found.zero - zero) <= 0.501
+    rows = zip(values, found.codes, found.restored, strict=True)
+    for value, code, back in ((*v,) for row in rows for v in zip(*row, strict=True)):
+        wanted = min(max(value / found.scale + found.zero, lowest), highest)
+        assert code == int(code)
+        assert abs(code - wanted) <= 0.501
+        assert back == pytest.approx((code - found.zero) * found.scale, rel=1e-5)
 
 
 @given(matrices(3), matrices(3), st.integers(3, 8), st.booleans())
 def test_one_grid_a_matrix(x: Cells, w: Cells, bits: int, symmetric: bool) -> None:
     found = matrix.product(x, w, "absmax" if symmetric else "zero_point", bits)
-    (left, left_step), (right, right_step) = (
-        rounded(x, bits, symmetric),
-        rounded(w, bits, symmetric),
-    )
-    for row, line in enumerate(exact(x, w)):
-        for column, value in enumerate(line):
-            got = sum(a * b for a, b in zip(left[row], right[column], strict=True))
-            assert found.exact[row][column] == pytest.approx(value, abs=1e-4 + 1e-6 * abs(value))
-            # In float32 a number between two codes may fall to the other one.
-            slack = 4 * (
-                left_step * max(map(abs, right[column])) + right_step * max(map(abs, left[row]))
-            )
-            slack += 4 * left_step * right_step
-            assert abs(found.result[row][column] - got) <= slack + 1e-4
-            off = found.result[row][column] - found.exact[row][column]
-            assert found.difference[row][column] == pytest.approx(off, abs=1e-9)
     assert found.x is not None
-    assert found.x.scale == pytest.approx(left_step, rel=1e-5)
+    assert found.w is not None
+    check_factor(found.x, x, bits, symmetric)
+    check_factor(found.w, w, bits, symmetric)
+    for name, factors in (("exact", (x, w)), ("result", (found.x.restored, found.w.restored))):
+        for row, line in zip(exact(*factors), getattr(found, name), strict=True):
+            # Numbers of four digits are not exact in float32: 6e-8 of each factor.
+            assert line == pytest.approx(row, rel=1e-5, abs=1e-2)
+    squares = [
+        g - e
+        for r, s in zip(found.result, found.exact, strict=True)
+        for g, e in zip(r, s, strict=True)
+    ]
+    assert [d for row in found.difference for d in row] == pytest.approx(squares)
 
 
 def test_codes_and_error_of_a_product_worked_by_hand() -> None:
