@@ -141,7 +141,7 @@ def answered(lesson: str, name: str, value: str, **changes: Any) -> list[Any]:
     event = SimpleNamespace(_data={"value": value})
     state = changes.pop("state", {})
     given = [changes.get(control.name, control.value) for control in step.controls]
-    return act(Client(), "", {"file": "", "layer": ""}, state, *given, event)
+    return act(event, Client(), "", {"file": "", "layer": ""}, state, *given)
 
 
 def test_a_flipped_bit_becomes_the_value() -> None:

@@ -366,13 +366,14 @@ def _answering(stage: Stage) -> Callable[..., list[Any]]:
     names = [control.name for control in stage.step.controls]
 
     def answer(
+        event: gr.EventData,
         client: Client,
         run_id: str,
         chosen: Mapping[str, str],
         kept: Any,
-        *rest: Any,
+        *given: Any,
     ) -> list[Any]:
-        *given, event = rest
+        # The event comes first, because Gradio puts it where the signature has it.
         try:
             scene = scene_of(client, run_id, chosen, stage.step, kept, given)
             changes = act(scene, str(event._data["value"]))
