@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantlab.grid import find_grid, from_codes, spread, to_codes
 from quantlab.learn.material import Slice
-from quantlab.methods.awq import AWQConfig, output_error
+from quantlab.methods.awq import AWQConfig, rounding_error
 
 POINTS = 20
 RANKINGS = ("activations", "weights", "random")
@@ -22,12 +21,9 @@ RANKINGS = ("activations", "weights", "random")
 def rounded(one: Slice, bits: int, group_size: int, scale: Tensor | None = None) -> Tensor:
     """Q(W s) / s by plain rounding: float32 [rows, columns]."""
     columns = one.weight.shape[1]
+    scale = torch.ones(columns) if scale is None else scale
     group = min(group_size, columns)
-    scaled = one.weight if scale is None else one.weight * scale
-    step, zero = find_grid(scaled, bits, group, symmetric=False)
-    step, zero = spread(step, group, columns), spread(zero, group, columns)
-    back = from_codes(to_codes(scaled, step, zero, bits), step, zero)
-    return back if scale is None else back / scale
+    return one.weight + rounding_error(one.weight, scale, group, config(bits, group_size))
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def kept(one: Slice, percent: float, bits: int, group_size: int) -> Kept:
 
 @dataclass(frozen=True)
 class Search:
-    """tr(D M D^T) / tr(W M W^T) at every exponent; the least's place is `best`."""
+    """Relative squared output error at every exponent; the least's place is `best`."""
 
     exponents: tuple[float, ...]
     errors: tuple[float, ...]
@@ -86,11 +82,9 @@ def config(bits: int, group_size: int) -> AWQConfig:
 
 def search(one: Slice, bits: int, group_size: int) -> Search:
     """The curve that AWQ's search walks along."""
-    chosen = config(bits, group_size)
-    whole = float(((one.weight @ one.moment) * one.weight).sum())
     exponents = tuple(point / POINTS for point in range(POINTS + 1))
     errors = tuple(
-        output_error(one.weight, scale_of(one, r), one.moment, chosen) / whole for r in exponents
+        one.output_error(rounded(one, bits, group_size, scale_of(one, r))) for r in exponents
     )
     return Search(exponents, errors)
 

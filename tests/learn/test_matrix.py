@@ -12,7 +12,7 @@ from quantlab.errors import ConfigError
 from quantlab.learn import material, matrix
 from quantlab.learn.matrix import Cells
 
-numbers = st.floats(-100, 100, allow_nan=False).map(lambda value: float(f"{value:.4g}"))
+numbers = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 2))
 
 
 def matrices(rows: int) -> st.SearchStrategy[Cells]:
