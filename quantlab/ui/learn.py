@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components.plot import PlotData
+from gradio.events import api as offer
 from markupsafe import Markup
 
 from quantlab.errors import QuantLabError
@@ -148,7 +149,7 @@ def build(shared: Shared) -> Learn:
                 _lesson(tab, lesson)
     _connect(tab)
     for function in api.FUNCTIONS:
-        gr.api(function, api_name=function.__name__, queue=False)
+        offer(function, api_name=function.__name__, queue=False)
     return tab
 
 
