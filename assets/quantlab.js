@@ -33,6 +33,8 @@
     dark: dark(),
     language: language(),
     run: new URL(location.href).searchParams.get("run") || "",
+    lesson: new URL(location.href).searchParams.get("lesson") || "",
+    step: Number(new URL(location.href).searchParams.get("step")) || 1,
   });
 
   // Tell the server when the theme or the language changes while the page is open.
@@ -263,5 +265,51 @@
     else if (tries) setTimeout(() => download(id, tries - 1), 50);
   }
 
-  window.quantlab = { download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal };
+  // A walkthrough's own markup: clicks on [data-act] and edits of [data-cell] go to the server as
+  // the event `act`. The focus stays where it was when the markup is painted anew.
+  function lesson(element, trigger, watch) {
+    let focused = null;
+    const name = (target) => target?.dataset?.act || target?.dataset?.cell || null;
+    const act = (value) => {
+      focused = name(document.activeElement);
+      trigger("act", { value });
+    };
+    element.addEventListener("click", (event) => {
+      const target = event.target.closest("[data-act]");
+      if (target) act(target.dataset.act);
+    });
+    element.addEventListener("change", (event) => {
+      const cell = event.target.closest("[data-cell]");
+      if (cell) act(`${cell.dataset.cell}:${cell.value}`);
+    });
+    watch("value", () => requestAnimationFrame(() => {
+      for (const cell of element.querySelectorAll("[data-cell]")) cell.value = cell.getAttribute("value");
+      if (!focused || document.activeElement !== document.body) return;
+      const again = [...element.querySelectorAll("[data-act], [data-cell]")];
+      again.find((one) => name(one) === focused)?.focus({ preventScroll: true });
+    }));
+  }
+
+  // The address names the lesson and its step while the Learn tab is open.
+  function followLesson(element, watch) {
+    const tab = () => document.querySelector("#tab-learn-button")?.getAttribute("aria-selected") === "true";
+    const update = () => {
+      const at = element.querySelector("[data-lesson]")?.dataset;
+      const url = new URL(location.href);
+      if (at && tab()) {
+        url.searchParams.set("lesson", at.lesson);
+        url.searchParams.set("step", at.step);
+      } else {
+        url.searchParams.delete("lesson");
+        url.searchParams.delete("step");
+      }
+      if (url.href !== location.href) history.replaceState(history.state, "", url);
+    };
+    watch("value", () => tab() && update());
+    document.addEventListener("click", (event) => {
+      if (event.target.closest?.("#tabs [role=tab]")) setTimeout(update, 60);
+    });
+  }
+
+  window.quantlab = { lesson, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal };
 })();

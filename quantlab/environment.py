@@ -25,7 +25,7 @@ PACKAGES = (
     "numpy",
     "onnxruntime",
 )
-MEASURING = ("ui", "cli", "plots", "bench")
+MEASURING = ("ui", "cli", "plots", "bench", "learn")
 """Rooms whose code decides no number; they do not count in `code_version`."""
 
 

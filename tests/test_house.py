@@ -67,6 +67,8 @@ metrics < plots
 store < report
 pipeline < bench < cli
 report < cli
+methods < learn < plots
+store < learn
 """
 """`a < b`: a must not import b. Rooms that no chain orders may use each other in one direction."""
 

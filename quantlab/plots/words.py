@@ -18,9 +18,14 @@ NAMES = {"en": "English", "ja": "日本語"}
 
 @cache
 def translations() -> dict[str, dict[str, str]]:
-    """Language code -> key -> text, as the files have it."""
+    """Language code -> key -> text, as the files have it: a language's own file, and the one of
+    the same name that holds its walkthroughs."""
     return {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        path.stem: {
+            key: text
+            for file in (path, FOLDER / "learn" / path.name)
+            for key, text in json.loads(file.read_text(encoding="utf-8")).items()
+        }
         for path in sorted(FOLDER.glob("*.json"))
     }
 

@@ -1,4 +1,5 @@
-"""What the server knows of one browser tab: its language, its theme, the run its address names."""
+"""What the server knows of one browser tab: its language, its theme, and the run and
+the lesson its address names."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ class Client:
     language: str = "en"
     dark: bool = False
     run: str = ""
+    lesson: str = ""
+    step: int = 1
 
     @classmethod
     def of(cls, data: Mapping[str, Any] | None) -> Client:
@@ -23,8 +26,15 @@ class Client:
             known(str(given.get("language") or "")),
             bool(given.get("dark")),
             str(given.get("run") or ""),
+            str(given.get("lesson") or ""),
+            _whole(given.get("step")),
         )
 
     @property
     def say(self) -> Words:
         return words(self.language)
+
+
+def _whole(value: object) -> int:
+    """A step's number as an address names it; 1 for anything else."""
+    return int(value) if isinstance(value, (int, float)) and 1 <= value <= 99 else 1

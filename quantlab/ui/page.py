@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from quantlab.plots.words import NAMES
-from quantlab.ui import compare, form, options, outputs, runs, variants
+from quantlab.ui import compare, form, learn, options, outputs, runs, variants
 from quantlab.ui.client import Client
 from quantlab.ui.messages import message
 from quantlab.ui.painter import SLOW, paint
@@ -41,6 +41,8 @@ def build() -> gr.Blocks:
                 compare_tab = compare.build(shared)
             with gr.Tab(i18n("tab_outputs"), id="outputs", elem_id="tab-outputs"):
                 outputs_tab = outputs.build(shared)
+            with gr.Tab(i18n("tab_learn"), id="learn", elem_id="tab-learn") as learn_page:
+                learn_tab = learn.build(shared)
             with gr.Tab(i18n("tab_runs"), id="runs", elem_id="tab-runs") as runs_page:
                 runs_tab = runs.build(shared)
 
@@ -79,6 +81,9 @@ def build() -> gr.Blocks:
         )
         language.input(None, language, None, js="(code) => window.quantlab.setLanguage(code)")
         pieces["timer"].tick(tick, watched, shown, **QUIET)
+        learn_tab.arrive(arrived, tabs)
+        for event in [told_anew, learn_page.select(lambda: None, **QUIET)]:
+            learn_tab.redraw(event)
         for event in [arrived, told_anew, opened, used, *shared.repaint]:
             event.then(tick, watched, shown, **QUIET)
     return demo

@@ -36,7 +36,9 @@ def finished(chromium: Browser, app: App, model: Path) -> str:
 def test_first_load_teaches_and_is_ready(tab: Tab, app: App) -> None:
     tab.open("?run=nonsense")
     expect(tab.find("#header h1")).to_have_text("QuantLab")
-    expect(tab.find("#tabs").get_by_role("tab")).to_have_text(["Compare", "Outputs", "Runs"])
+    expect(tab.find("#tabs").get_by_role("tab")).to_have_text(
+        ["Compare", "Outputs", "Learn", "Runs"]
+    )
     names = ["BF16", "RTN 4-bit", "SmoothQuant 8-bit", "GPTQ 4-bit", "AWQ 4-bit", "GGUF Q4_K_M"]
     expect(tab.find(".ql-chip-name")).to_have_text(names)
     expect(tab.find("#run")).to_be_enabled()
