@@ -317,7 +317,7 @@ def test_verdict_separates_the_tied_from_the_behind() -> None:
     records = [noisy("awq:4", 0.10, 0.02), noisy("gptq:4", 0.101, 0.02), noisy("rtn:4", 0.5, 0.02)]
     (line,) = verdict.sentences(records)
     assert "GPTQ 4-bit cannot be told apart" in line
-    assert "RTN 4-bit clearly" in line
+    assert "clearly worse: RTN 4-bit" in line
 
 
 def test_verdict_ranks_only_equal_bits() -> None:
