@@ -42,6 +42,7 @@ llama = llama_cpp.Llama(path, n_ctx=64, n_threads=1, verbose=False)
 llama.eval(list(range(100, 132)))
 llama.close()
 """
+KERNELS = "from kernels import build; build.build(build.chosen())"
 
 
 def main() -> None:
@@ -64,6 +65,7 @@ def ensure(layer: str) -> None:
         say("making .venv")
         run([sys.executable, "-m", "venv", "--clear", str(VENV)])
     install(layer)
+    build_kernels()
     stamp.write_text(wanted)
     if layer != "product":
         (VENV / ".quantlab-product").write_text(fingerprint("product"))
@@ -132,6 +134,15 @@ def install(layer: str) -> None:
         run([*pip, *again, f"{COMPILED}=={found[1]}"], build_environment(), watch=COMPILED)
         if not llama_runs():
             fail(f"{COMPILED} was compiled but does not run; GGUF rows would fail")
+
+
+def build_kernels() -> None:
+    """Compile QuantLab's own kernels now rather than when a person first waits for them. Where that
+    fails, everything runs without them, and says so."""
+    say("compiling QuantLab's kernels")
+    done = subprocess.run([PYTHON, "-c", KERNELS], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        say(f"they do not build: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def build_environment() -> dict[str, str]:
