@@ -69,6 +69,12 @@ pipeline < bench < cli
 report < cli
 methods < learn < plots
 store < learn
+methods < advisor < ui
+ggml < advisor
+packing < advisor
+models < advisor
+kernels < advisor
+results < advisor
 """
 """`a < b`: a must not import b. Rooms that no chain orders may use each other in one direction."""
 

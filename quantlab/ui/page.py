@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from quantlab.plots.words import NAMES
-from quantlab.ui import compare, form, learn, options, outputs, runs, variants
+from quantlab.ui import advisor, compare, form, learn, options, outputs, runs, variants
 from quantlab.ui.client import Client
 from quantlab.ui.messages import message
 from quantlab.ui.painter import SLOW, paint
@@ -43,6 +43,8 @@ def build() -> gr.Blocks:
                 outputs_tab = outputs.build(shared)
             with gr.Tab(i18n("tab_learn"), id="learn", elem_id="tab-learn") as learn_page:
                 learn_tab = learn.build(shared)
+            with gr.Tab(i18n("tab_advisor"), id="advisor", elem_id="tab-advisor") as advisor_page:
+                advisor_tab = advisor.build(shared)
             with gr.Tab(i18n("tab_runs"), id="runs", elem_id="tab-runs") as runs_page:
                 runs_tab = runs.build(shared)
 
@@ -84,6 +86,8 @@ def build() -> gr.Blocks:
         learn_tab.arrive(arrived, tabs)
         for event in [told_anew, learn_page.select(lambda: None, **QUIET)]:
             learn_tab.redraw(event)
+        for ask in (advisor_page.select, told_anew.then):
+            ask(advisor.answered, advisor_tab.arguments, advisor_tab.outputs, **QUIET)
         for event in [arrived, told_anew, opened, used, *shared.repaint]:
             event.then(tick, watched, shown, **QUIET)
     return demo
