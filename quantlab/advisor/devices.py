@@ -16,7 +16,7 @@ USABLE: dict[Kind, float] = {"gpu": 0.95, "mac": 2 / 3, "phone": 0.5, "board": 0
 """Share of the memory that a model may fill; the rest is the driver's, the system's and other
 programs'. Assumed, except `mac`: what Metal recommends as the most on machines this small. Of this
 machine counts what is free now."""
-PROBE_BYTES, PROBES = 256 * 2**20, 5
+PROBE_BYTES, PROBES = 256 * 2**20, 10
 """Read for the bandwidth (far more than a cache holds), and how often; the best counts."""
 
 
@@ -97,10 +97,14 @@ def device(id: str, bandwidth: float | None = None) -> Device:
 
 def measure_bandwidth() -> float:
     """Bytes a second this machine reads from memory on all its cores; a second or less once the
-    native kernels are built. Raises: BuildError where they cannot be."""
+    native kernels are built. Raises: ConfigError where they cannot be."""
     import torch
 
     from kernels import native_probe
+    from kernels.build import BuildError
 
     data = torch.ones(PROBE_BYTES, dtype=torch.uint8)
-    return max(native_probe.read_bandwidth(data) for _ in range(PROBES))
+    try:
+        return max(native_probe.read_bandwidth(data) for _ in range(PROBES))
+    except BuildError as error:
+        raise ConfigError(f"bandwidth: it is measured by the native kernels; {error}") from None
