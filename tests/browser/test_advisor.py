@@ -107,6 +107,7 @@ def test_the_advisor_answers_for_models_devices_and_uses(tab: Tab) -> None:
     expect(tab.find("#ql-tip")).to_be_visible()
     tab.find("#language input").click()
     tab.page.get_by_role("option", name="日本語").click()
+    tab.show("アドバイザー")
     expect(tab.find("#advisor-answer")).to_contain_text("この装置でのバリアント")
     expect(tab.find("#advisor-beside")).to_contain_text("ハードウェアの対応")
 

@@ -413,7 +413,9 @@ def test_japanese_by_the_switch_and_back(tab: Tab, finished: str) -> None:
     tab.only_variants("BF16", "AWQ 4-bit")
     tab.find("#language input").click()
     tab.page.get_by_role("option", name="日本語").click()
-    expect(tab.find("#tabs").get_by_role("tab")).to_have_text(["比較", "出力", "履歴"])
+    expect(tab.find("#tabs").get_by_role("tab")).to_have_text(
+        ["比較", "出力", "アドバイザー", "履歴"]
+    )
     expect(tab.find("#run")).to_have_text("比較を実行")
     expect(tab.find("#progress")).to_contain_text("測定")
     expect(tab.find("#figure-size .gtitle")).to_contain_text("ディスク上のサイズ")
