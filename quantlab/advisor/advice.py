@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quantlab.advisor.devices import Device, Kind
-from quantlab.advisor.shapes import ModelShape
+from quantlab.advisor.shapes import ModelShape, check_whole
 from quantlab.advisor.sizes import WeightSize, weight_size
 from quantlab.errors import ConfigError
 
@@ -150,9 +150,8 @@ def row(shape: ModelShape, variant: str, context: int, batch: int, device: Devic
 
 def advise(shape: ModelShape, context: int, batch: int, device: Device, use: str) -> Advice:
     """Every variant on the device, and which to choose. Raises: ConfigError for bad numbers."""
-    for name, value, most in (("context", context, MOST_CONTEXT), ("batch", batch, MOST_BATCH)):
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise ConfigError(f"{name}={value}: needs a whole number from 1 to {most:,}")
+    check_whole("context", context, MOST_CONTEXT)
+    check_whole("batch", batch, MOST_BATCH)
     if use not in USES:
         raise ConfigError(f"use: unknown {use!r}; choose {', '.join(USES)}")
     rows = tuple(row(shape, variant, context, batch, device) for variant in VARIANTS)

@@ -24,6 +24,12 @@ CLOSE = 0.1
 """A model this near in size (as a fraction) is taken as the guess, just as it is."""
 
 
+def check_whole(name: str, value: object, most: int) -> None:
+    """Raises: ConfigError unless `value` is a whole number from 1 to `most`."""
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"{name}={value}: needs a whole number from 1 to {most:,}")
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A linear of one block: its kind in ggml's words (`attn_q`), rows and columns."""
@@ -57,9 +63,7 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for name, most in LIMITS.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise ConfigError(f"{name}={value}: needs a whole number from 1 to {most:,}")
+            check_whole(name, getattr(self, name), most)
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads={self.heads}: needs a multiple of kv_heads={self.kv_heads}, since every "
@@ -139,8 +143,7 @@ def of_shape(layers: int, width: int, heads: int, kv_heads: int, vocabulary: int
     Raises: ConfigError.
     """
     for name, value in (("width", width), ("heads", heads)):
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value}: needs a whole number of at least 1")
+        check_whole(name, value, LIMITS[name])
     if width % heads:
         raise ConfigError(f"width={width}: needs a multiple of heads={heads}")
     inner = math.ceil(width * 8 / 3 / 256) * 256

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import gradio as gr
+from gradio.events import api
 
 from quantlab import advisor
 from quantlab.advisor.devices import TABLE, THIS
@@ -56,7 +57,7 @@ def build(shared: Shared) -> Advisor:
     gr.on([one.change for one in inputs], answered, tab.arguments, tab.outputs, **QUIET)
     measured = measure.click(_measure, shared.client, [bandwidth, notice], **BUSY)
     measured.then(answered, tab.arguments, tab.outputs, **BUSY)
-    gr.api(advise, api_name="advise")
+    api(advise, api_name="advise")
     return tab
 
 
