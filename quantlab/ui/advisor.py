@@ -202,7 +202,7 @@ def advise(
         shape = advisor.guess(parameters) if parameters else _known(model)
         found = advisor.advise(shape, context, batch, advisor.device(device), use)
     except QuantLabError as error:
-        raise gr.Error(str(error)) from None
+        raise gr.Error(str(error), print_exception=False) from None
     return {
         "choice": found.choice.variant if found.choice else None,
         "parameters": shape.parameters,

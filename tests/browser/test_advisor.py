@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 from playwright.sync_api import Browser, expect
 
 from tests.browser.conftest import ROOT, App, Tab
@@ -133,3 +135,14 @@ def test_the_advisor_fits_wide_and_narrow_pages(
     tab.page.screenshot(path=Path(SCREENSHOTS / name), full_page=True)
     assert tab.problems == []
     context.close()
+
+
+def test_programs_can_ask_as_well(app: App) -> None:
+    client = Client(app.url, verbose=False)
+    told = client.predict("Llama-2-7B", 0, 4096, 1, "rtx4090", "edge", api_name="/advise")
+    assert told["choice"] == "awq:4"
+    assert told["variants"][0]["kv_cache_bytes"] == 2**31
+    info = client.view_api(return_format="dict")["named_endpoints"]["/advise"]
+    assert [one["parameter_name"] for one in info["parameters"]][:2] == ["model", "parameters"]
+    with pytest.raises(AppError, match=r"context=0: needs a whole number from 1"):
+        client.predict("Llama-2-7B", 0, 0, 1, "rtx4090", "edge", api_name="/advise")
