@@ -99,13 +99,17 @@ def test_the_advisor_answers_for_models_devices_and_uses(tab: Tab) -> None:
     tab.number("advisor-kv-heads", 3)
     expect(alert).to_contain_text("heads=32: needs a multiple of kv_heads=3")
     tab.number("advisor-kv-heads", 8)
+    expect(facts).to_contain_text("32 heads (8 key-value)")
 
     # Without native kernels the bandwidth cannot be measured, and the page says why.
     tab.find("#advisor-measure").click()
     expect(tab.find("#advisor-message [role=alert]")).to_contain_text("switched off")
 
     # A term explains itself; the other language has every text.
-    tab.find("#advisor-answer thead [data-tip]").nth(3).hover()
+    term = tab.find("#advisor-answer thead [data-tip]").nth(3)
+    term.scroll_into_view_if_needed()  # Scrolling would hide the tip, in the frame after it.
+    tab.page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done, 100)))")
+    term.hover()
     expect(tab.find("#ql-tip")).to_be_visible()
     tab.find("#language input").click()
     tab.page.get_by_role("option", name="日本語").click()
