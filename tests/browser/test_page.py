@@ -414,7 +414,7 @@ def test_japanese_by_the_switch_and_back(tab: Tab, finished: str) -> None:
     tab.find("#language input").click()
     tab.page.get_by_role("option", name="日本語").click()
     expect(tab.find("#tabs").get_by_role("tab")).to_have_text(
-        ["比較", "出力", "アドバイザー", "履歴"]
+        ["比較", "出力", "学ぶ", "アドバイザー", "履歴"]
     )
     expect(tab.find("#run")).to_have_text("比較を実行")
     expect(tab.find("#progress")).to_contain_text("測定")
