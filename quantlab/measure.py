@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantlab.answers import answer_prompts
+from quantlab.answers import answer_prompts, spelled
 from quantlab.errors import MethodError
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.metrics.quality import Reference, measure_quality
@@ -52,7 +52,7 @@ def measure(
         return dataclasses.replace(
             blank,
             status="finished",
-            **dataclasses.asdict(quality),
+            **dataclasses.asdict(quality) | {"reading": spelled(quality.reading, tokenizer)},
             size_bytes=prepared.size_bytes,
             bits_per_weight=8 * prepared.size_bytes / prepared.parameters,
             quantize_seconds=prepared.seconds,
