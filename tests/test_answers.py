@@ -207,7 +207,7 @@ def test_records_are_marked_prompt_by_prompt() -> None:
 
 
 def test_a_reading_is_spelled() -> None:
-    """The pieces together are the text; a token by itself keeps its space; a special one its name."""
+    """The pieces together are the text; a special token has its name."""
     text = "Rivers carry naïve water — 川."
     ids = spoken(text)
     top = [[[ids[-1], 0.5], [EOS, 0.25]]] * (len(ids) - 1)
