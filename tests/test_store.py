@@ -240,6 +240,7 @@ def test_votes_are_kept_with_their_comparison(store: Store) -> None:
     store.add_vote(other, given[1])
     store.close()
     assert Store(store.root).votes(run_id) == given
+    store.update_run(run_id, status="finished")
     store.delete_run(run_id)
     assert store.votes(run_id) == []
     assert store.votes(other) == [given[1]]

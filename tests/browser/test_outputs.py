@@ -35,13 +35,16 @@ def finished(chromium: Browser, app: App, model: Path) -> str:
     return run_id
 
 
-def again(app: App, run_id: str, **changes: Any) -> str:
+def again(
+    app: App, run_id: str, answers: dict[str, tuple[Generation, ...]] | None = None, **changes: Any
+) -> str:
     """A finished run with the records of another, changed: its id."""
     store = Store(app.home)
     earlier = store.run(run_id)
     copy = store.create_run(earlier.spec)
     for record in earlier.records:
-        store.add_record(copy, dataclasses.replace(record, **changes))
+        outputs = (answers or {}).get(record.variant, record.outputs)
+        store.add_record(copy, dataclasses.replace(record, outputs=outputs, **changes))
     store.update_run(copy, status="finished")
     return copy
 
@@ -112,16 +115,59 @@ def test_tokens_show_both_top_fives(chromium: Browser, app: App, finished: str) 
         )
 
 
+def test_the_blind_test_tells_names_after_the_vote(
+    chromium: Browser, app: App, finished: str
+) -> None:
+    run_id = again(app, finished)  # A comparison without votes, with the same answers.
+    answers = {
+        record.variant: record.outputs[0].text.strip() for record in Store(app.home).records(run_id)
+    }
+    votes: list[str | None] = []
+    for name, tab in looks(chromium, app, f"?run={run_id}"):
+        tab.section("blind-section")
+        box = tab.find("#blind")
+        box.get_by_role("button", name="Show a pair").click()
+        texts = box.locator(".ql-answer").all_text_contents()
+        assert sorted(text.strip() for text in texts) == sorted(answers.values())
+        assert not {"BF16", "RTN", "bf16", "rtn"} & set(box.inner_html().replace(":", " ").split())
+        keep(tab.page, f"outputs-blind-asked-{name}")
+        button = {"light": "A is better", "dark": "No difference", "narrow": "B is better"}[name]
+        box.get_by_role("button", name=button).press("Enter")
+        expect(box.locator('[role="status"]')).to_be_visible()
+        names = [one.split(" · ")[1] for one in box.locator("h4").all_inner_texts()]
+        by_name = {"BF16": "bf16", "RTN 4-bit": "rtn:4"}
+        for shown, text in zip(names, texts, strict=True):
+            assert answers[by_name[shown]] == text.strip()
+        sides = {"light": names[0], "dark": "", "narrow": names[1]}
+        votes.append(by_name.get(sides[name]))
+        assert [vote.winner for vote in Store(app.home).votes(run_id)] == votes
+        counts = [sum(v == one for v in votes) for one in ("bf16", "rtn:4", None)]
+        cells = box.locator("tbody td")
+        # Two wins to none: one half, as two coins fall alike half of the time. Else one.
+        p = "0.500" if max(counts[:2]) == 2 else "1.000"
+        expect(cells).to_have_text([*map(str, counts), p])
+        keep(tab.page, f"outputs-blind-{name}")
+        expect(box.get_by_role("button", name="Next pair")).to_be_visible()
+
+
 def test_what_a_model_wrote_cannot_run(tab: Tab, app: App, finished: str) -> None:
     reading = dict(records(app, finished)["rtn:4"].reading)
     reading["text"] = [HOSTILE] * len(reading["text"])
     reading["pieces"] = dict.fromkeys(reading["pieces"], HOSTILE)
-    answer = Generation(HOSTILE, HOSTILE, (1,), (HOSTILE,))
-    run_id = again(app, finished, reading=reading, outputs=(answer,))
+    answers = {
+        variant: (Generation(HOSTILE, HOSTILE + variant, (1,), (HOSTILE,)),)
+        for variant in records(app, finished)
+    }
+    run_id = again(app, finished, answers, reading=reading)
     tab.open(f"?run={run_id}")
     tab.show("Outputs")
     tab.section("tokens-section")
     tab.find('.ql-tokens [data-at="3"]').first.click()
     expect(tab.find(".ql-tops li code").first).to_have_text(visible(HOSTILE))
+    tab.section("blind-section")
+    tab.find("#blind [data-next]").click()
+    expect(tab.find("#blind .ql-answer").first).to_contain_text(HOSTILE)
+    tab.find("#blind [data-vote=tie]").click()
+    expect(tab.find("#blind [role=status]")).to_be_visible()
     assert tab.page.title() == "QuantLab"
-    assert tab.find("#tab-outputs img, .ql-tokens img, .ql-tops img").count() == 0
+    assert tab.find("#tab-outputs img, .ql-tokens img, .ql-tops img, #blind img").count() == 0
