@@ -13,6 +13,8 @@ from typing import Any
 from quantlab.types import Execution, Generation, Status
 
 SCHEMA = 1
+NOTHING_FINITE = "the quantized model predicts nothing finite"
+"""How the error of a record without a finite perplexity begins."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def build(shared: Shared) -> Outputs:
         )
     notice = html("ask-message", "quantlab.message(element, watch)")
     tab.pieces["answers_intro"] = html("answers-intro")
+    tab.pieces["answers_autopsy"] = html("answers-autopsy")
     tab.pieces["answers"] = html("answers")
     with gr.Accordion(i18n("tokens"), open=False, elem_id="tokens-section"):
         tab.pieces["tokens"] = html("tokens", "quantlab.tokens(element, watch)")

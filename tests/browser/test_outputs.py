@@ -127,6 +127,7 @@ def test_the_blind_test_tells_names_after_the_vote(
         tab.section("blind-section")
         box = tab.find("#blind")
         box.get_by_role("button", name="Show a pair").click()
+        expect(box.locator(".ql-answer")).to_have_count(2)
         texts = box.locator(".ql-answer").all_text_contents()
         assert sorted(text.strip() for text in texts) == sorted(answers.values())
         assert not {"BF16", "RTN", "bf16", "rtn"} & set(box.inner_html().replace(":", " ").split())
@@ -134,7 +135,7 @@ def test_the_blind_test_tells_names_after_the_vote(
         button = {"light": "A is better", "dark": "No difference", "narrow": "B is better"}[name]
         box.get_by_role("button", name=button).press("Enter")
         expect(box.locator('[role="status"]')).to_be_visible()
-        names = [one.split(" · ")[1] for one in box.locator("h4").all_inner_texts()]
+        names = box.locator(".ql-blind-name").all_inner_texts()
         by_name = {"BF16": "bf16", "RTN 4-bit": "rtn:4"}
         for shown, text in zip(names, texts, strict=True):
             assert answers[by_name[shown]] == text.strip()
@@ -148,6 +149,43 @@ def test_the_blind_test_tells_names_after_the_vote(
         expect(cells).to_have_text([*map(str, counts), p])
         keep(tab.page, f"outputs-blind-{name}")
         expect(box.get_by_role("button", name="Next pair")).to_be_visible()
+
+
+def test_failures_are_named_under_the_table_and_the_outputs(
+    chromium: Browser, app: App, finished: str
+) -> None:
+    """What is planted in the records of a run is told in both tabs, with the layer and advice."""
+    run_id = again(app, finished, perplexity=7.0)
+    store, rtn = Store(app.home), records(app, finished)["rtn:4"]
+    hostile = Generation(rtn.outputs[0].prompt, HOSTILE * 20, (5,) * 20, (HOSTILE,) * 20)
+    changed = dataclasses.replace(
+        rtn,
+        perplexity=7000.0,
+        outputs=(hostile,),
+        details={"static_inputs": {"layer": "blocks.3.down", "step": 24.0, "median": 0.1}},
+        environment={"calibration": {"tokens": 64, "widest_input": 96, "widest_layer": "mlp.down"}},
+    )
+    store.add_record(run_id, changed)
+    for name, tab in looks(chromium, app, f"?run={run_id}"):
+        outputs = tab.find("#answers-autopsy")
+        expect(outputs.locator("li")).to_have_count(4)
+        for row, words in enumerate(
+            (
+                ["exploding perplexity", "7,000.00", "7.00"],
+                ["blocks.3.down", "240 times", "SmoothQuant"],
+                ["mlp.down", "64 calibration tokens", "96 channels"],
+                ["repetition", "20 times"],
+            )
+        ):
+            for word in ["RTN 4-bit", *words]:
+                expect(outputs.locator("li").nth(row)).to_contain_text(word)
+        outputs.locator(".ql-badge").first.hover()
+        expect(tab.find("#ql-tip")).to_contain_text("at least twice the original's")
+        keep(tab.page, f"outputs-autopsy-{name}")
+        tab.show("Compare")
+        expect(tab.find("#autopsy li")).to_have_count(4)
+        assert tab.find(".ql-autopsy img").count() == 0
+        assert tab.page.title() == "QuantLab"
 
 
 def test_what_a_model_wrote_cannot_run(tab: Tab, app: App, finished: str) -> None:
