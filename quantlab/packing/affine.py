@@ -142,5 +142,9 @@ def static_inputs(packed: Mapping[str, object]) -> dict[str, dict[str, str | flo
     if not steps:
         return {}
     layer = max(steps, key=steps.__getitem__)
-    found = {"layer": layer, "step": steps[layer], "median": statistics.median(steps.values())}
+    found: dict[str, str | float] = {
+        "layer": layer,
+        "step": steps[layer],
+        "median": statistics.median(steps.values()),
+    }
     return {"static_inputs": found}

@@ -128,6 +128,7 @@ def test_the_blind_test_tells_names_after_the_vote(
         box = tab.find("#blind")
         box.get_by_role("button", name="Show a pair").click()
         expect(box.locator(".ql-answer")).to_have_count(2)
+        expect(tab.find("#answers")).to_be_hidden()
         texts = box.locator(".ql-answer").all_text_contents()
         assert sorted(text.strip() for text in texts) == sorted(answers.values())
         assert not {"BF16", "RTN", "bf16", "rtn"} & set(box.inner_html().replace(":", " ").split())
@@ -135,6 +136,7 @@ def test_the_blind_test_tells_names_after_the_vote(
         button = {"light": "A is better", "dark": "No difference", "narrow": "B is better"}[name]
         box.get_by_role("button", name=button).press("Enter")
         expect(box.locator('[role="status"]')).to_be_visible()
+        expect(tab.find("#answers")).to_be_visible()
         names = box.locator(".ql-blind-name").all_inner_texts()
         by_name = {"BF16": "bf16", "RTN 4-bit": "rtn:4"}
         for shown, text in zip(names, texts, strict=True):
