@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from quantlab.answers import Answering, answer_prompts, first_difference, mark_divergence, spelled
 from quantlab.engine import Session, encode_prompt, generate
@@ -226,3 +228,17 @@ def test_a_token_by_itself_keeps_its_space() -> None:
     reading = {"tokens": [token, token], "kl": [0.0], "original": [], "variant": []}
     assert spelled(reading, tokenizer())["pieces"] == {str(token): tokenizer().decode([token])}
     assert tokenizer().decode([token]).startswith(" ")
+
+
+def test_a_token_by_itself_keeps_the_space_that_decoders_drop() -> None:
+    """Decoders of SentencePiece's kind drop the space before a text's first token."""
+    words = {"<unk>": 0, "a": 1, "▁a": 2, "▁the": 3}
+    bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Metaspace()
+    bare.decoder = decoders.Metaspace()
+    named = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
+    assert named.decode([3]) == "the"
+    reading = {"tokens": [3, 3], "kl": [0.0], "original": [], "variant": []}
+    found = spelled(reading, named)
+    assert found["pieces"] == {"3": " the"}
+    assert found["text"] == ["the", " the"]

@@ -118,10 +118,12 @@ def test_tokens_show_both_top_fives(chromium: Browser, app: App, finished: str) 
 def test_the_blind_test_tells_names_after_the_vote(
     chromium: Browser, app: App, finished: str
 ) -> None:
-    run_id = again(app, finished)  # A comparison without votes, with the same answers.
-    answers = {
-        record.variant: record.outputs[0].text.strip() for record in Store(app.home).records(run_id)
+    answers = {"bf16": "Water that runs to the sea.", "rtn:4": "Water, water, and water again."}
+    given = {
+        name: (Generation("What is a river?", text, (1,), (text,)),)
+        for name, text in answers.items()
     }
+    run_id = again(app, finished, given)
     votes: list[str | None] = []
     for name, tab in looks(chromium, app, f"?run={run_id}"):
         tab.section("blind-section")
