@@ -290,7 +290,7 @@
       const column = token.closest(".ql-column");
       const known = data(root);
       const at = Number(token.dataset.at);
-      const variant = known.variants[column.dataset.variant];
+      const variant = known.variants[column.dataset.reader];
       const box = root.querySelector(".ql-tops");
       const flip = box.querySelector('[data-slot="flip"]');
       fill(box, "label", column.dataset.label);

@@ -80,7 +80,7 @@ def test_columns_and_data() -> None:
     )
     bf16 = read("bf16", (" a", 0, close, close), (" b", 0, sure, sure), ("\n", 0, sure, sure))
     page = tokens.view([gptq, bf16, record("rtn:4")])
-    assert re.findall(r'data-variant="(.+?)"', page) == ["bf16", "gptq:4"]
+    assert re.findall(r'data-reader="(.+?)"', page) == ["bf16", "gptq:4"]
     assert "mean KL 0.200 nats over 3 tokens" in page
     assert "first choice changed: 1 near ties, 1 confident" in page
     assert page.count('data-flip="tie"') == page.count('data-flip="sure"') == 2  # With the legend.

@@ -87,7 +87,7 @@ def test_tokens_show_both_top_fives(chromium: Browser, app: App, finished: str) 
     )
     for name, tab in looks(chromium, app, f"?run={finished}"):
         tab.section("tokens-section")
-        column = tab.find('.ql-tokens .ql-column[data-variant="rtn:4"]')
+        column = tab.find('.ql-tokens .ql-column[data-reader="rtn:4"]')
         expect(column.locator(".ql-token")).to_have_count(len(reading["kl"]))
         expect(column.locator(".ql-token[data-flip]")).to_have_count(changed)
         box = tab.find(".ql-tops")
