@@ -256,6 +256,93 @@
     setTimeout(() => (button.textContent = label), 1500);
   });
 
+  // The paired token view: the token under the pointer, or chosen by click or arrow key, fills the
+  // box with both top fives. Texts of the model are only ever set as text.
+  function tokens(element, watch) {
+    let chosen = null;
+    const visible = (text) => text.replaceAll("\n", "⏎").replaceAll(" ", "␣") || "∎";
+    const within = (event) => event.target.closest?.(".ql-reading [data-at]");
+    const fill = (root, slot, text) => {
+      for (const place of root.querySelectorAll(`[data-slot="${slot}"]`)) place.textContent = text;
+    };
+    let read = { from: null, data: null }; // Parsed once for each painting.
+    function data(root) {
+      if (read.from !== root) read = { from: root, data: JSON.parse(root.dataset.reading) };
+      return read.data;
+    }
+    function list(place, top, pieces) {
+      place.replaceChildren(
+        ...top.map(([id, chance]) => {
+          const row = document.createElement("li");
+          const word = document.createElement("code");
+          const share = document.createElement("span");
+          word.textContent = visible(pieces[id]);
+          share.textContent = `${(100 * chance).toFixed(1)}%`;
+          row.style.setProperty("--chance", `${100 * chance}%`);
+          row.dataset.token = id;
+          row.append(word, share);
+          return row;
+        }),
+      );
+    }
+    function show(token) {
+      const root = token.closest(".ql-tokens");
+      const column = token.closest(".ql-column");
+      const known = data(root);
+      const at = Number(token.dataset.at);
+      const variant = known.variants[column.dataset.reader];
+      const box = root.querySelector(".ql-tops");
+      const flip = box.querySelector('[data-slot="flip"]');
+      fill(box, "label", column.dataset.label);
+      fill(box, "token", visible(known.text[at + 1]));
+      fill(box, "kl", variant.kl[at].toPrecision(3));
+      flip.textContent = token.dataset.flip ? flip.dataset[token.dataset.flip] : "";
+      list(box.querySelector('[data-slot="original"]'), known.original[at], known.pieces);
+      list(box.querySelector('[data-slot="variant"]'), variant.top[at], known.pieces);
+      box.hidden = false;
+      for (const other of root.querySelectorAll(".ql-here")) other.classList.remove("ql-here");
+      for (const other of root.querySelectorAll(`.ql-reading [data-at="${at}"]`)) {
+        other.classList.add("ql-here");
+      }
+    }
+    function choose(token) {
+      for (const other of element.querySelectorAll(".ql-chosen")) {
+        other.classList.remove("ql-chosen");
+      }
+      for (const other of token.parentElement.querySelectorAll('[tabindex="0"]')) {
+        other.tabIndex = -1;
+      }
+      token.tabIndex = 0;
+      token.classList.add("ql-chosen");
+      chosen = token;
+      show(token);
+    }
+    element.addEventListener("mouseover", (event) => {
+      const token = within(event);
+      if (token) show(token);
+    });
+    element.addEventListener("mouseleave", () => chosen?.isConnected && show(chosen));
+    element.addEventListener("click", (event) => {
+      const token = within(event);
+      if (token) choose(token);
+    });
+    element.addEventListener("focusin", (event) => {
+      const token = within(event);
+      if (token) choose(token);
+    });
+    element.addEventListener("keydown", (event) => {
+      const token = within(event);
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!token || !step) return;
+      const at = Number(token.dataset.at) + step;
+      const next = token.parentElement.querySelector(`[data-at="${at}"]`);
+      if (!next) return;
+      event.preventDefault();
+      next.focus();
+    });
+    watch("value", () => (chosen = null));
+  }
+
   // A file is written when its button is clicked; the hidden button then hands it over.
   function download(id, tries = 40) {
     const link = document.querySelector(`#${id} a[href], a#${id}[href]`);
@@ -311,5 +398,5 @@
     });
   }
 
-  window.quantlab = { lesson, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal };
+  window.quantlab = { lesson, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal, tokens };
 })();

@@ -1,13 +1,15 @@
-"""Answers to a person's prompts, streamed, and where a variant's answer leaves the original's."""
+"""Answers to a person's prompts, streamed, where a variant's answer leaves the original's, and the
+spelling of single tokens."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quantlab.engine import TokenStreamer, encode_prompt, end_tokens
+from quantlab.metrics.reading import token_ids
 from quantlab.metrics.speed import Decoder
 from quantlab.results import ResultRecord
 from quantlab.types import Emit, Generation, OutputDelta, Progress
@@ -99,3 +101,24 @@ def first_difference(answer: Generation, original: Generation | None) -> int | N
         if ours != theirs:
             return index
     return min(len(answer.tokens), len(original.tokens))
+
+
+def spelled(reading: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A reading (see `quantlab.metrics.reading`) with its words: `text`, a piece for each of its
+    `tokens` as they follow each other, and `pieces`, token id (as text) -> the token by itself."""
+    if not reading:
+        return {}
+    streamer = TokenStreamer(tokenizer)
+    text = [streamer.push(token) for token in reading["tokens"]]
+    text[-1] += streamer.finish()
+    pieces = {str(token): _alone(token, tokenizer) for token in sorted(token_ids(reading))}
+    return {**reading, "text": text, "pieces": pieces}
+
+
+def _alone(token: int, tokenizer: Any) -> str:
+    """The text of one token in the middle of a text; the name of a special one, which has none."""
+    streamer = TokenStreamer(tokenizer)
+    # Some decoders drop the space of a text's first token, so another one goes before it.
+    streamer.push(tokenizer("a", add_special_tokens=False).input_ids[-1])
+    text = streamer.push(token) or streamer.finish()
+    return text or str(tokenizer.convert_ids_to_tokens(token))

@@ -43,6 +43,14 @@ MIGRATIONS = (
         run_id TEXT PRIMARY KEY REFERENCES runs (id) ON DELETE CASCADE,
         cancel INTEGER NOT NULL DEFAULT 0, attempt_after INTEGER NOT NULL DEFAULT 0) STRICT;
     """,
+    """
+    CREATE TABLE votes (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        run_id TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
+        prompt TEXT NOT NULL, left_variant TEXT NOT NULL, right_variant TEXT NOT NULL,
+        winner TEXT, at REAL NOT NULL) STRICT;
+    CREATE INDEX votes_of_run ON votes (run_id, seq);
+    """,
 )
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")

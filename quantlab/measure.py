@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from quantlab.answers import answer_prompts
+from quantlab.answers import answer_prompts, spelled
 from quantlab.errors import MethodError
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.metrics.quality import Reference, measure_quality
 from quantlab.models import ModelSource
 from quantlab.prepared import Prepared
-from quantlab.results import ResultRecord
+from quantlab.results import NOTHING_FINITE, ResultRecord
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
 from quantlab.variants import open_runner
 
@@ -41,7 +41,7 @@ def measure(
         quality = measure_quality(runner, windows, reference, label, emit)
         if quality.perplexity is None:
             raise MethodError(
-                "the quantized model predicts nothing finite: its perplexity is not a number",
+                f"{NOTHING_FINITE}: its perplexity is not a number",
                 "use more bits, smaller groups, or another calibration text",
             )
         emit(Progress(label, "speed", 0, 1, 0.0))
@@ -52,7 +52,7 @@ def measure(
         return dataclasses.replace(
             blank,
             status="finished",
-            **dataclasses.asdict(quality),
+            **dataclasses.asdict(quality) | {"reading": spelled(quality.reading, tokenizer)},
             size_bytes=prepared.size_bytes,
             bits_per_weight=8 * prepared.size_bytes / prepared.parameters,
             quantize_seconds=prepared.seconds,

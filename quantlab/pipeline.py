@@ -35,7 +35,7 @@ from quantlab.measure import measure
 from quantlab.meter import Meter
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.quality import Reference, reference_states
-from quantlab.models import LoadedModel, ModelSource, context_of, load, locate, stream
+from quantlab.models import LoadedModel, ModelSource, context_of, get_block, load, locate, stream
 from quantlab.results import ResultRecord
 from quantlab.store import Store, storage_errors
 from quantlab.texts import TokenText, calibration_ids, check_text, tokenize
@@ -116,15 +116,21 @@ def environment(spec: RunSpec) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Token ids int64 [pieces, length], and what they came from."""
+    """Token ids int64 [pieces, length], what they came from, and the linear of a block with the
+    widest input, whose second moment has full rank only with as many tokens as channels."""
 
     ids: Tensor
     name: str
     sha256: str
+    widest_layer: str
+    widest_input: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, moments: bool) -> dict[str, Any]:
+        """The widest input only for a method that reads second moments."""
         tokens, length = self.ids.numel(), self.ids.shape[1]
-        return {"name": self.name, "sha256": self.sha256, "tokens": tokens, "length": length}
+        read = {"name": self.name, "sha256": self.sha256, "tokens": tokens, "length": length}
+        widest = {"widest_layer": self.widest_layer, "widest_input": self.widest_input}
+        return read | widest if moments else read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +274,8 @@ def _measure(
     described = dict(blank.environment)
     calibration = setting.calibration if needs_calibration(variant, spec) else None
     if calibration is not None:
-        described["calibration"] = calibration.to_json()
+        needs = METHODS[variant.method].needs_for(configure(variant, spec.group_size))
+        described["calibration"] = calibration.to_json(moments="second_moment" in needs)
     artifact = keys.artifact_key(
         setting.source.fingerprint,
         variant,
@@ -315,7 +322,9 @@ def _calibration(model: LoadedModel, spec: RunSpec, emit: Emit) -> Calibration:
     )
     if ids.numel() < spec.calibration_tokens // length * length:
         emit(Notice(f"the calibration text gave {ids.numel()} tokens, fewer than asked for"))
-    return Calibration(ids, spec.calibration, sha256)
+    linears = get_block(model.module, model.family, 0).linears
+    widest = max(linears, key=lambda path: linears[path].in_features)
+    return Calibration(ids, spec.calibration, sha256, widest, linears[widest].in_features)
 
 
 def answer(

@@ -13,6 +13,8 @@ from typing import Any
 from quantlab.types import Execution, Generation, Status
 
 SCHEMA = 1
+NOTHING_FINITE = "the quantized model predicts nothing finite"
+"""How the error of a record without a finite perplexity begins."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class ResultRecord:
     `quantlab.methods.mixed`); records from before it have none.
     `curves` holds, for methods that train, the loss of every step: by phase, a list for each part
     of it (the blocks, or the one whole).
+    `reading` is the first segment of the evaluation text token by token (see
+    `quantlab.metrics.reading` and `quantlab.answers.spelled`); empty where there was no original.
     """
 
     variant: str
@@ -62,6 +66,7 @@ class ResultRecord:
     artifact: str | None = None
     cached: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+    reading: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A plain JSON object; tuples become lists."""

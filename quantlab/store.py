@@ -25,6 +25,7 @@ from quantlab.processes import process_identity
 from quantlab.results import ResultRecord
 from quantlab.runs import ACTIVE, COLUMNS, Kind, Run, RunStatus, head_from_row, record_from_row
 from quantlab.types import Emit, Event, RunSpec, ignore
+from quantlab.votes import Vote
 
 __all__ = ["KEEP_ARTIFACT_BYTES", "Run", "Store", "home", "storage_errors"]
 
@@ -217,6 +218,28 @@ class Store:
                 "SELECT coalesce(max(seq), 0) FROM records WHERE run_id = ?", (run_id,)
             ).fetchone()
         return int(row[0])
+
+    # Blind votes
+
+    def add_vote(self, run_id: str, vote: Vote) -> None:
+        """Keep a blind vote on answers of a comparison (or of answers asked for it later)."""
+        with self.database.transaction() as db:
+            self._require(db, run_id)
+            db.execute(
+                "INSERT INTO votes (run_id, prompt, left_variant, right_variant, winner, at)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (run_id, _storable(vote.prompt), vote.left, vote.right, vote.winner, time.time()),
+            )
+
+    def votes(self, run_id: str) -> list[Vote]:
+        """The votes on a comparison, oldest first."""
+        with self.database.transaction(write=False) as db:
+            rows = db.execute(
+                "SELECT prompt, left_variant, right_variant, winner FROM votes"
+                " WHERE run_id = ? ORDER BY seq",
+                (run_id,),
+            ).fetchall()
+        return [Vote(*row) for row in rows]
 
     # Events
 

@@ -29,6 +29,7 @@ from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.models import LoadedModel, ModelSource, load, stream
 from quantlab.outer import check_outer, pack_outer
 from quantlab.packing import PackedWeight
+from quantlab.packing.affine import static_inputs
 from quantlab.paths import home
 from quantlab.prepared import Kind, Prepared
 from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, open_module
@@ -113,7 +114,7 @@ def _quantize(
     if method.trains:
         packed |= pack_outer(model, config)
     outer = quantize_outer(model, method, config) if format == "gguf" else {}
-    details = method.report(model, plan, packed)
+    details = method.report(model, plan, packed) | static_inputs(packed)
     seconds = time.perf_counter() - started + workshop.earlier_seconds
     note = model.family.note
     fallbacks: tuple[str, ...] = () if note is None else (note,)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from quantlab.answers import Answering, answer_prompts, first_difference, mark_divergence
+from quantlab.answers import Answering, answer_prompts, first_difference, mark_divergence, spelled
 from quantlab.engine import Session, encode_prompt, generate
 from quantlab.results import ResultRecord
 from quantlab.types import Event, Generation, OutputDelta, Progress
@@ -204,3 +206,39 @@ def test_records_are_marked_prompt_by_prompt() -> None:
     assert (marked.variant, marked.perplexity) == ("rtn:4", 9.0)
     assert (empty.status, empty.error, empty.outputs) == ("failed", "why", ())
     assert record.outputs == outputs, "records are not changed in place"
+
+
+def test_a_reading_is_spelled() -> None:
+    """The pieces together are the text; a special token has its name."""
+    text = "Rivers carry naïve water — 川."
+    ids = spoken(text)
+    top = [[[ids[-1], 0.5], [EOS, 0.25]]] * (len(ids) - 1)
+    reading = {"tokens": ids, "kl": [0.0] * (len(ids) - 1), "original": top, "variant": top}
+    found = spelled(reading, tokenizer())
+    assert "".join(found["text"]) == text
+    assert len(found["text"]) == len(ids)
+    assert found["pieces"].keys() == {str(token) for token in {*ids, EOS}}
+    assert found["pieces"][str(EOS)] == "</s>"
+    assert found["tokens"] == ids
+    assert spelled({}, tokenizer()) == {}
+
+
+def test_a_token_by_itself_keeps_its_space() -> None:
+    (token, *_) = spoken(" the")
+    reading = {"tokens": [token, token], "kl": [0.0], "original": [], "variant": []}
+    assert spelled(reading, tokenizer())["pieces"] == {str(token): tokenizer().decode([token])}
+    assert tokenizer().decode([token]).startswith(" ")
+
+
+def test_a_token_by_itself_keeps_the_space_that_decoders_drop() -> None:
+    """Decoders of SentencePiece's kind drop the space before a text's first token."""
+    words = {"<unk>": 0, "a": 1, "▁a": 2, "▁the": 3}
+    bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Metaspace()
+    bare.decoder = decoders.Metaspace()
+    named = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
+    assert named.decode([3]) == "the"
+    reading = {"tokens": [3, 3], "kl": [0.0], "original": [], "variant": []}
+    found = spelled(reading, named)
+    assert found["pieces"] == {"3": " the"}
+    assert found["text"] == ["the", " the"]

@@ -83,6 +83,7 @@ ROOMS = {
     "quantlab.locks": "store",
     "quantlab.database": "store",
     "quantlab.runs": "store",
+    "quantlab.votes": "store",
     "quantlab.artifacts": "store",
     "quantlab.child": "jobs",
     "quantlab.progress": "jobs",

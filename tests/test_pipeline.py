@@ -80,6 +80,15 @@ def test_every_kind_of_variant_is_measured_on_the_same_windows(home: Path, folde
         segments = record.segments
         assert len(segments["nll"]) == len(segments["kl"]) == 3  # the same for every engine
         assert record.environment["text"]["windows"] == 3
+        # Token by token: the very divergences that the first segment is the mean of.
+        reading = record.reading
+        assert sum(reading["kl"]) / 63 == pytest.approx(segments["kl"][0], rel=1e-12)
+        assert reading["tokens"] == windows[0].tolist()
+        assert "".join(reading["text"]) == model.tokenizer.decode(windows[0])
+        assert reading["original"] == by_label["fp32"].reading["original"]
+        calibration = record.environment.get("calibration", {})
+        widest = 96 if record.method in ("gptq", "awq") else None
+        assert calibration.get("widest_input") == widest
         assert (record.execution == "simulated") == (record.decode_tokens_per_second is None)
     assert [e.variant for e in events if isinstance(e, VariantFinished)][:2] == ["fp32", "bf16"]
     fractions = [event.fraction for event in events if isinstance(event, Progress)]
@@ -89,6 +98,13 @@ def test_every_kind_of_variant_is_measured_on_the_same_windows(home: Path, folde
 
 def linears_of(block: torch.nn.Module) -> list[torch.nn.Linear]:
     return [inner for inner in block.modules() if isinstance(inner, torch.nn.Linear)]
+
+
+def test_fixed_activation_steps_are_in_the_record(home: Path, folder: Path) -> None:
+    (record,) = pipeline.compare(spec_for(folder, "static_int8:8"), store=Store())
+    found = record.details["static_inputs"]
+    assert found["layer"].startswith("model.layers.")
+    assert found["step"] >= found["median"] > 0
 
 
 def test_streamed_text_is_the_recorded_text_and_divergence_counts_from_the_original(

@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from quantlab.database import MIGRATIONS
 from quantlab.errors import JobError, StorageError
 from quantlab.locks import FileLock
 from quantlab.results import ResultRecord
 from quantlab.store import Store, home, storage_errors
 from quantlab.types import Notice, OutputDelta, Progress, RunSpec, VariantSpec
+from quantlab.votes import Vote
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = RunSpec(variants=(VariantSpec("bf16"), VariantSpec("rtn", 4)), prompts=("Hello",))
@@ -223,6 +225,45 @@ def test_events_are_read_from_where_one_left_off(store: Store) -> None:
     assert event["text"] == "text"
 
 
+# Blind votes
+
+
+def test_votes_are_kept_with_their_comparison(store: Store) -> None:
+    run_id, other = store.create_run(SPEC), store.create_run(SPEC)
+    given = [
+        Vote("Why?", "bf16", "rtn:4", None),
+        Vote("<script>", "rtn:4", "bf16", "bf16"),
+        Vote("Why?", "bf16", "rtn:4", None),
+    ]
+    for vote in given:
+        store.add_vote(run_id, vote)
+    store.add_vote(other, given[1])
+    store.close()
+    assert Store(store.root).votes(run_id) == given
+    store.update_run(run_id, status="finished")
+    store.delete_run(run_id)
+    assert store.votes(run_id) == []
+    assert store.votes(other) == [given[1]]
+    with pytest.raises(JobError, match="no run"):
+        store.add_vote(run_id, given[0])
+
+
+def test_a_store_from_before_the_votes_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "quantlab.sqlite"
+    with sqlite3.connect(path) as db:
+        db.executescript(f"{MIGRATIONS[0]} PRAGMA user_version = 1;")
+        db.execute(
+            "INSERT INTO runs (id, kind, spec, status, created, environment, owner)"
+            " VALUES ('old', 'compare', ?, 'finished', 0, '{}', '')",
+            (SPEC.dumps(),),
+        )
+    db.close()
+    store = Store(tmp_path)
+    assert store.run("old").spec == SPEC
+    store.add_vote("old", Vote("Why?", "bf16", "rtn:4", "bf16"))
+    assert store.votes("old")[0].winner == "bf16"
+
+
 # Several at once
 
 
@@ -300,7 +341,7 @@ def test_the_database_is_set_up_for_sharing(store: Store) -> None:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert db.execute("PRAGMA foreign_keys").fetchone() == (1,)
         assert db.execute("PRAGMA busy_timeout").fetchone()[0] >= 10_000
-        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
         with pytest.raises(sqlite3.IntegrityError):
             db.execute("INSERT INTO records (run_id, variant, record) VALUES ('no', 'v', '{}')")
 

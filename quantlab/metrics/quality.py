@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from quantlab.errors import ModelError
 from quantlab.metrics.divergence import compare_logits
 from quantlab.metrics.intervals import SEGMENT_TOKENS, interval
 from quantlab.metrics.perplexity import perplexity, perplexity_interval
+from quantlab.metrics.reading import Closeup
 from quantlab.models import LoadedModel
 from quantlab.paths import home
 from quantlab.types import Emit, Progress
@@ -96,6 +97,7 @@ class Quality:
     kl_divergence_ci: tuple[float, float] | None
     top1_agreement: float | None
     segments: dict[str, list[float]]
+    reading: dict[str, Any] = field(default_factory=dict)
 
 
 def reference_states(
@@ -157,9 +159,12 @@ def measure_quality(
     kl: list[float] = []
     counts: list[int] = []
     agreed = 0
+    closeup = None if reference is None else Closeup(int(windows[0][0]))
     for index, window in enumerate(windows):
         emit(Progress(label, "perplexity", index, len(windows), 0.0))
-        losses, divergences, same = _window(scorer, window, index, reference)
+        losses, divergences, same = _window(
+            scorer, window, index, reference, closeup if index == 0 else None
+        )
         # Segments are the same tokens for every variant, whatever chunks its engine works in.
         for part in losses.split(SEGMENT_TOKENS):
             nll.append(float(part.mean()))
@@ -170,7 +175,7 @@ def measure_quality(
     mean = sum(n * c for n, c in zip(nll, counts, strict=True)) / total
     measured = perplexity(mean)
     segments = {"nll": nll, "kl": kl} if measured is not None else {}
-    if reference is None or measured is None:
+    if closeup is None or measured is None:
         return Quality(measured, perplexity_interval(nll), None, None, None, segments)
     return Quality(
         perplexity=measured,
@@ -179,11 +184,16 @@ def measure_quality(
         kl_divergence_ci=interval(kl),
         top1_agreement=agreed / total,
         segments=segments,
+        reading=closeup.to_json(),
     )
 
 
 def _window(
-    scorer: Scorer, window: Tensor, index: int, reference: Reference | None
+    scorer: Scorer,
+    window: Tensor,
+    index: int,
+    reference: Reference | None,
+    closeup: Closeup | None,
 ) -> tuple[Tensor, Tensor, int]:
     """(nats lost, KL divergence) of each predicted token, float64 [window - 1] (KL empty without a
     reference), and how often the original's first choice is the variant's too."""
@@ -201,6 +211,8 @@ def _window(
             # Without an original the losses still come from the same sums, to the last digit.
             original = logits if reference is None else reference.logits(index, start, stop)
             loss, kl, agreed = compare_logits(original, logits, targets)
+            if closeup is not None:
+                closeup.add(original, logits, kl, targets)
             losses.append(loss)
             if reference is not None:
                 divergences.append(kl)

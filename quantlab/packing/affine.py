@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,3 +124,27 @@ def affine_nbytes(rows: int, columns: int, bits: int, group_size: int, symmetric
     groups = -(-columns // group_size)
     zeros = 0 if symmetric else packed_width(groups, bits)
     return rows * (packed_width(columns, bits) + 2 * groups + zeros)
+
+
+def static_inputs(packed: Mapping[str, object]) -> dict[str, dict[str, str | float]]:
+    """Of weights by path, those whose input has one fixed step (`Activation` 'tensor'): which has
+    the largest `step`, in which `layer`, and the `median` over all; {} where there are none.
+
+    One record entry, `static_inputs`: a step far above the median is an outlier's.
+    """
+    steps = {
+        path: weight.activation.scale
+        for path, weight in packed.items()
+        if isinstance(weight, AffineWeight)
+        and weight.activation is not None
+        and weight.activation.kind == "tensor"
+    }
+    if not steps:
+        return {}
+    layer = max(steps, key=steps.__getitem__)
+    found: dict[str, str | float] = {
+        "layer": layer,
+        "step": steps[layer],
+        "median": statistics.median(steps.values()),
+    }
+    return {"static_inputs": found}

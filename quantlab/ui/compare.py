@@ -212,6 +212,7 @@ def _results(tab: Compare) -> None:
     )
     tab.pieces["verdict"] = html("verdict")
     tab.pieces["table"] = html("results-table", "quantlab.table(element, watch)")
+    tab.pieces["autopsy"] = html("autopsy")
     with gr.Column(visible=False, elem_id="figures") as figures:
         tab.pieces["figures"] = figures
         names = list(FIGURES)

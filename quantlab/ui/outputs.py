@@ -1,4 +1,5 @@
-"""The Outputs tab: every variant's answer to the same prompts, side by side, as it is generated."""
+"""The Outputs tab: every variant's answer to the same prompts, side by side, as it is generated;
+below them what the variants made of the evaluation text, token by token, and a blind test."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from quantlab.errors import QuantLabError
-from quantlab.ui import form
+from quantlab.ui import blind, form
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
 from quantlab.ui.services import services
@@ -53,7 +54,11 @@ def build(shared: Shared) -> Outputs:
         )
     notice = html("ask-message", "quantlab.message(element, watch)")
     tab.pieces["answers_intro"] = html("answers-intro")
+    tab.pieces["answers_autopsy"] = html("answers-autopsy")
     tab.pieces["answers"] = html("answers")
+    with gr.Accordion(i18n("tokens"), open=False, elem_id="tokens-section"):
+        tab.pieces["tokens"] = html("tokens", "quantlab.tokens(element, watch)")
+    tab.pieces |= blind.build(shared)
 
     asked = gr.on(
         [ask.click, prompt.submit],

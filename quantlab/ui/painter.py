@@ -12,10 +12,10 @@ from gradio.components.plot import PlotData
 
 from quantlab.errors import JobError, QuantLabError
 from quantlab.jobs import JobView
-from quantlab.plots import FIGURES, figures
+from quantlab.plots import FIGURES, autopsy, figures, tokens
 from quantlab.plots.templates import render
 from quantlab.runs import ACTIVE
-from quantlab.ui import views
+from quantlab.ui import blind, views
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message
 from quantlab.ui.services import Services, environment, services
@@ -80,6 +80,7 @@ def _paint(painting: Painting, client: Client, run_id: str, at: Services) -> Non
     painting.put("cancel", active, gr.Button(visible=active))
     _paint_figures(painting, client, view)
     _paint_answers(painting, client, view, at)
+    _paint_judging(painting, client, view)
 
 
 def _view(at: Services, run_id: str) -> JobView | None:
@@ -121,3 +122,15 @@ def _paint_answers(painting: Painting, client: Client, view: JobView | None, at:
     painting.html("answers_intro", intro)
     painting.html("ask_progress", views.progress(client, going) if going else "")
     painting.put("ask_cancel", going is not None, gr.Button(visible=going is not None))
+
+
+def _paint_judging(painting: Painting, client: Client, view: JobView | None) -> None:
+    """What is drawn anew only when a record has come: it is too much for twice a second."""
+    records = [v.record for v in view.variants if v.record] if view else []
+    done = [record.variant for record in figures.finished(records)]
+    mark = (view.run.id if view else "", done, client.language)
+    painting.put("tokens", mark, lambda: tokens.view(records, client.language))
+    painting.put("blind", mark, lambda: blind.start(client, view.run.id if view else ""))
+    settled = (mark, [record.variant for record in records])
+    for piece in ("autopsy", "answers_autopsy"):
+        painting.put(piece, settled, lambda: autopsy.box(records, client.language))

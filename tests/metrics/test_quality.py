@@ -23,10 +23,11 @@ from transformers import (
 from quantlab.errors import ModelError
 from quantlab.metrics.intervals import SEGMENT_TOKENS, interval
 from quantlab.metrics.quality import TorchScorer, measure_quality, reference_states
+from quantlab.metrics.reading import Closeup, most_likely
 from quantlab.models import LoadedModel, ModelSource
 from quantlab.models.loading import family_of, prepare_module
 from quantlab.types import Event, Progress, ignore
-from tests.tiny import BOS, FAMILIES, VOCABULARY, random, tiny, token_ids
+from tests.tiny import BOS, CONTEXT, FAMILIES, VOCABULARY, random, tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -252,3 +253,53 @@ def test_other_heads_are_refused_and_nothing_is_kept(home: Path) -> None:
     with pytest.raises(ModelError, match="granite: its head does more than a linear layer"):
         reference_states(model, [window], None, ignore)
     assert not list(home.glob("references/*"))
+
+
+@pytest.mark.parametrize("chunk", [128, 50, 1000])
+def test_the_reading_is_the_metric_token_by_token(home: Path, chunk: int) -> None:
+    """Its KL values are those whose mean is the first segment's, and those of float64 softmaxes."""
+    model, other = tiny(seed=1), tiny(seed=2)
+    windows = list(token_ids(2, CONTEXT - 1, seed=4))
+    reference = reference_states(model, windows, BOS, ignore)
+
+    class Chunked(TorchScorer):
+        def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]:
+            whole = self.head(self.hidden(window))
+            for start in range(0, window.numel(), chunk):
+                yield start, whole[start : start + chunk]
+
+    found = measure_quality(Chunked(other.module, BOS), windows, reference, "", ignore)
+    reading, count = found.reading, windows[0].numel() - 1
+    assert reading["tokens"] == windows[0].tolist()
+    assert len(reading["kl"]) == count
+    assert sum(reading["kl"]) / count == pytest.approx(found.segments["kl"][0], rel=1e-12)
+    ids = torch.cat([torch.tensor([BOS]), windows[0]])[None]
+    log_p, log_q = (
+        one.module(ids, use_cache=False).logits[0, 1:-1].detach().double().log_softmax(-1)
+        for one in (model, other)
+    )
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert reading["kl"] == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-5)
+    for name, log in (("original", log_p), ("variant", log_q)):
+        for top, row in zip(reading[name], log, strict=True):
+            order = sorted(range(VOCABULARY), key=lambda token, row=row: -float(row[token]))[:5]
+            assert [token for token, _ in top] == order
+            assert [p for _, p in top] == pytest.approx(row[order].exp().tolist(), abs=1e-5)
+
+
+def test_a_reading_ends_with_the_first_segment() -> None:
+    logits = random(300, 20)
+    closeup = Closeup(7)
+    for part in (slice(0, 100), slice(100, 250), slice(250, 300)):
+        kl = torch.arange(300).double()[part]
+        closeup.add(logits[part], logits[part], kl, torch.arange(300)[part])
+    assert closeup.to_json()["tokens"] == [7, *range(SEGMENT_TOKENS)]
+    assert closeup.kl == list(range(SEGMENT_TOKENS))
+    assert len(closeup.original) == len(closeup.variant) == SEGMENT_TOKENS
+
+
+def test_the_most_likely_tokens_by_hand() -> None:
+    logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
+    (top,) = most_likely(logits[:, :3])
+    assert [token for token, _ in top] == [1, 0, 2]
+    assert [p for _, p in top] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=1e-6)
