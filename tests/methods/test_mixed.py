@@ -111,8 +111,10 @@ def test_one_width_everywhere_is_the_other_method(
     arithmetic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 4 bits for all, the same bytes as the method whose arithmetic it is, on statistics of
-    whole blocks: mixed precision does not go through a block input by input."""
+    whole blocks behind quantized ones: mixed precision does not go through a block input by input,
+    and does not leave the error out."""
     monkeypatch.setattr(type(METHODS[arithmetic]), "sequential", False)
+    monkeypatch.setattr(type(METHODS[arithmetic]), "sees_error", True)
     model = tiny("llama")
     plain = quantize_blocks(
         model, METHODS[arithmetic], configure(VariantSpec(arithmetic, 4), 32), IDS, lambda *_: None
