@@ -23,11 +23,6 @@ from quantlab.training.workshop import Workshop
 Keep = Callable[[Block, dict[str, PackedWeight]], dict[str, PackedWeight]]
 """Called with each block when nothing more is done to it; returns its packed weights."""
 
-SEQUENTIAL_KEPT = 2**20
-"""Bytes of the largest tensors whose memory is kept in lockstep. All batches wait there with what
-they hold, of many sizes: kept, it left holes that made memory grow with depth by a fifth, and
-clearing it anew costs nothing that can be measured."""
-
 
 @torch.no_grad()
 def quantize_blocks(
@@ -47,7 +42,7 @@ def quantize_blocks(
     may be what the method's `plan` made of its config. Returns the packed weights by the linears'
     full paths. Raises: MethodError.
     """
-    with kept_memory(SEQUENTIAL_KEPT if method.sequential else temporaries(model)):
+    with kept_memory(temporaries(model)):
         needs = method.needs_for(config)
         runner = None
         if needs and ids is not None:
