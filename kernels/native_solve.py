@@ -43,6 +43,11 @@ def add_moment(total: Tensor, y: Tensor, x: Tensor, triangle: bool) -> None:
     native.native()("ql_add_moment", total, y, x, *sizes)
 
 
+def mirror(matrix: Tensor) -> None:
+    """What stands right of the diagonal of a square matrix, also left of it. Ask `ready` first."""
+    native.native()("ql_mirror", matrix, c_int64(len(matrix)))
+
+
 def compensate(
     work: Tensor,
     step: Tensor,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quantlab.errors import ModelError
 from quantlab.models import Block, LoadedModel, block_list
 from quantlab.moments import add_cross_moment, add_second_moment, as_multiplied, symmetric
+from quantlab.native_blocks import native_blocks
 from quantlab.observers import count_values
 from quantlab.texts import calibration_autocast
 
@@ -118,7 +119,7 @@ class Accumulator:
     def result(self) -> ActStats:
         moment = None
         if self.square is not None:
-            moment = symmetric(self.square / self.tokens)
+            moment = symmetric(self.square.div_(self.tokens))
         return ActStats(
             tokens=self.tokens,
             second_moment=moment,
@@ -140,8 +141,12 @@ Hook = Callable[[str, Tensor], None]
 """Called with the path and the input of a linear, before it runs."""
 
 
+def _ignore(path: str, inputs: Tensor) -> None:
+    """Nobody listens."""
+
+
 @contextmanager
-def listening(block: Block, hook: Hook | None) -> Iterator[None]:
+def _listening(block: Block, hook: Hook | None) -> Iterator[None]:
     """`hook` is called by each linear of the block while this is open."""
     handles = []
     for path, linear in block.linears.items() if hook is not None else ():
@@ -193,6 +198,8 @@ class BlockRunner:
         self.hidden = [self._first_input(base, batch) for batch in batches]
         self.original = list(self.hidden) if original else None
         self._original_outputs: list[Tensor] = []
+        self._native = native_blocks(model, ids.shape[1])
+        self._hook: Hook = _ignore
 
     @torch.no_grad()
     def _block_keywords(self, base: nn.Module, ids: Tensor) -> list[dict[str, Any]]:
@@ -246,11 +253,23 @@ class BlockRunner:
 
     def run(self, block: Block, hidden: Tensor, hook: Hook | None = None) -> Tensor:
         """The block's output for one batch of `hidden`; gradients flow where they are enabled."""
-        with calibration_autocast(), listening(block, hook):
+        with calibration_autocast(), self.listening(block, hook):
             return self.call(block, hidden)
 
+    @contextmanager
+    def listening(self, block: Block, hook: Hook | None) -> Iterator[None]:
+        """While this is open, `hook` is called with the input of each linear that `call` runs."""
+        before, self._hook = self._hook, hook or _ignore
+        try:
+            with _listening(block, hook):
+                yield
+        finally:
+            self._hook = before
+
     def call(self, block: Block, hidden: Tensor) -> Tensor:
-        """As `run`, with the hooks and the autocast that are in force already."""
+        """As `run`, with the hook and the autocast that are in force already."""
+        if self._native is not None and self._native.takes(block, hidden):
+            return self._native.run(block, hidden, self._hook)
         output = block.module(hidden, **self._by_size[hidden.shape[0]][block.index])
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states

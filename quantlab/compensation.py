@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import native_solve
 from quantlab.errors import MethodError
+from quantlab.grid import all_finite
 
 LAZY_BLOCK = 128
 """Columns whose errors are gathered before they reach the columns after them, in one product."""
@@ -48,8 +49,8 @@ def compensate(
     """
     columns = weight.shape[1]
     scale, zero = (grid.clone() for grid in grids)
-    work = weight.t().contiguous()[order]
-    step, bottom = scale.t().contiguous()[order // group], -zero.t().contiguous()[order // group]
+    work = in_order(weight.t(), order).clone(memory_format=torch.contiguous_format)
+    step, bottom = scale.t()[order // group], -zero.t()[order // group]
     top = bottom + (2**bits - 1)
     whole, errors = torch.empty_like(work), torch.empty_like(work)  # whole: code - zero
     # Errors are passed on as they are, not divided by U_jj: that is done to U's rows, once.
@@ -99,8 +100,14 @@ def _in_place(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `compensate` returns, its columns back in their places."""
     back = torch.argsort(order)
-    codes = whole.sub_(bottom)[back].t().contiguous()
-    return codes, scale, zero, work[back].t().contiguous()
+    codes, values = (in_order(t, back).t().contiguous() for t in (whole.sub_(bottom), work))
+    return codes, scale, zero, values
+
+
+def in_order(values: Tensor, order: Tensor) -> Tensor:
+    """`values[order]`; nothing is copied where that changes nothing."""
+    natural = torch.equal(order, torch.arange(len(order)))
+    return values if natural else values[order]
 
 
 def pass_on(
@@ -133,7 +140,7 @@ def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool 
         if int(info) == 0:
             root = lower.flip(0, 1)
             upper = torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
-            if bool(upper.isfinite().all()):
+            if all_finite(upper):
                 return upper
         diagonal += 9 * damping
         damping = damping * 10

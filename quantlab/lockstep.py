@@ -35,7 +35,6 @@ from quantlab.calibration import (
     BlockRunner,
     StatKind,
     check_all_ran,
-    listening,
 )
 from quantlab.models import Block
 from quantlab.moments import multiplies_bfloat16
@@ -86,7 +85,7 @@ def advance_in_lockstep(
             total.add(inputs, originals[index].pop(leader, None))
 
     try:
-        with listening(block, arrive):
+        with runner.listening(block, arrive):
             for index, hidden in enumerate(runner.hidden):
                 go_on(index, block, hidden)
             while waiting:

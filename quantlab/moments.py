@@ -66,8 +66,11 @@ def add_second_moment(total: Tensor, x: Tensor) -> None:
 
 
 def symmetric(total: Tensor) -> Tensor:
-    """The matrix whose upper triangle `total` holds."""
-    upper = total.triu()
+    """The matrix whose upper triangle `total` holds; `total` is used up."""
+    if native_solve.ready(total):
+        native_solve.mirror(total)
+        return total
+    upper = total.triu_()
     return upper + upper.triu(1).t()
 
 

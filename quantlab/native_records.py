@@ -32,7 +32,25 @@ ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_tanh": 1}
 
 def refusal(module: Any) -> str | None:
     """Why this model cannot run natively, None where it can."""
-    config = module.config
+    if reason := structure_refusal(module.config):
+        return reason
+    for linear in (*linears_of(module), module.get_output_embeddings()):
+        if isinstance(linear, nn.Linear) and linear.weight.dtype != torch.bfloat16:
+            return f"the native decoder takes no {linear.weight.dtype} weights"
+        if isinstance(linear, QuantLinear) and linear.input_order is not None:
+            return "the native decoder does not reorder the columns of an input (act-order)"
+        if isinstance(linear, QuantLinear) and not isinstance(linear.prepared, NativeLinear):
+            form = native_form(linear.weight_packed)
+            if form is not None:
+                return form
+    embedding = module.get_input_embeddings()
+    if isinstance(embedding, QuantEmbedding):
+        return native_form(embedding.weight_packed)
+    return None
+
+
+def structure_refusal(config: Any) -> str | None:
+    """Why blocks of this configuration have no native form, whatever their weights."""
     if config.model_type not in FAMILIES:
         return f"the native decoder has no {config.model_type} blocks"
     if activation_of(config) not in ACTIVATIONS:
@@ -46,18 +64,6 @@ def refusal(module: Any) -> str | None:
         native.native()
     except BuildError as error:
         return str(error)
-    for linear in (*linears_of(module), module.get_output_embeddings()):
-        if isinstance(linear, nn.Linear) and linear.weight.dtype != torch.bfloat16:
-            return f"the native decoder takes no {linear.weight.dtype} weights"
-        if isinstance(linear, QuantLinear) and linear.input_order is not None:
-            return "the native decoder does not reorder the columns of an input (act-order)"
-        if isinstance(linear, QuantLinear) and not isinstance(linear.prepared, NativeLinear):
-            form = native_form(linear.weight_packed)
-            if form is not None:
-                return form
-    embedding = module.get_input_embeddings()
-    if isinstance(embedding, QuantEmbedding):
-        return native_form(embedding.weight_packed)
     return None
 
 
@@ -108,8 +114,15 @@ class Records:
 
     def layer(self, block: Any, index: int) -> native.LayerRecord:
         """One decoder block as its modules are now."""
-        config = self.module.config
         linears = {name: self.linear(block.get_submodule(path)) for name, path in PATHS.items()}
+        record = self.frame(block, index)
+        for name, linear in linears.items():
+            setattr(record, name, linear)
+        return record
+
+    def frame(self, block: Any, index: int) -> native.LayerRecord:
+        """A decoder block without its linears: norms, rotation, and how far it sees."""
+        config = self.module.config
         norms = [block.input_layernorm, block.post_attention_layernorm, None, None]
         if hasattr(block, "pre_feedforward_layernorm"):  # Gemma 2 and 3
             norms = [
@@ -123,16 +136,22 @@ class Records:
         }
         kinds = getattr(config, "layer_types", None)
         kind = kinds[index] if kinds else None
-        cosine, sine, _ = self._rotation(kind)
+        cosine, sine, _ = self.rotation(kind)
         window = window_of(config, kind)
-        return native.LayerRecord(**linears, **kept, cosine=cosine, sine=sine, window=window)
+        return native.LayerRecord(**kept, cosine=cosine, sine=sine, window=window)
 
     def linear(self, linear: Any) -> native.LinearRecord:
         matrix, how = self._matrix(linear)
         self.modes.add(how.mode)
-        bias = getattr(linear, "bias", None)
+        return self.described(matrix, getattr(linear, "bias", None), how)
+
+    def described(
+        self, matrix: native.Matrix, bias: Tensor | None, how: native.How | None = None
+    ) -> native.LinearRecord:
+        """A linear of this matrix; without `how` its input enters as `mode` says."""
         kept = None if bias is None else self.keep(bias.detach().float().contiguous())
-        return native.LinearRecord(w=self.point(matrix), bias=kept, how=how)
+        entering = native.How(self.mode) if how is None else how
+        return native.LinearRecord(w=self.point(matrix), bias=kept, how=entering)
 
     def point(self, matrix: native.Matrix) -> Any:
         """A pointer to the matrix's record, which stays alive with its memory."""
@@ -143,6 +162,10 @@ class Records:
         """The tensor's address; it stays alive."""
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+    def forget(self) -> None:
+        """Let go of what was kept so far, in a copy that shares the tables with its original."""
+        self._kept = []
 
     def norm(self, norm: Any) -> int:
         offset = 1.0 if self.module.config.model_type.startswith("gemma") else 0.0
@@ -159,7 +182,7 @@ class Records:
         matrix, how = matrix_of(linear.weight_packed)
         return matrix, free if how is None else how
 
-    def _rotation(self, kind: str | None) -> tuple[int, int, int]:
+    def rotation(self, kind: str | None) -> tuple[int, int, int]:
         """Tables of cos and sin for every position, and the numbers a head rotates; one set a kind
         of layer."""
         if kind not in self._tables:

@@ -48,6 +48,9 @@ methods < blockwise
 moments < calibration < lockstep < blockwise
 texts < lockstep
 layers < native_weights < native_records < native_decoder < runners
+native_records < native_blocks < calibration
+models < native_blocks
+moments < native_blocks
 engine < native_decoder
 heap < blockwise
 calibration < training < methods

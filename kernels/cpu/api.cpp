@@ -71,4 +71,12 @@ int ql_read(const Model* model, const int32_t* tokens, int first, int count, int
     return best;
 }
 
+#if QL_LEVEL >= 4
+// A step of one block; see decoder.h.
+void ql_step(const Model* model, const Layer* layer, int64_t which, float* x, const uint16_t* input,
+             uint16_t* output, int64_t sequences, int64_t length, void* pool) {
+    step(*model, *layer, (int)which, x, input, output, (int)sequences, (int)length, *(Pool*)pool);
+}
+#endif
+
 }  // extern "C"

@@ -40,4 +40,18 @@ struct Model {
 void read(const Model& model, const int32_t* tokens, int first, int count, bool every, float* logits,
           Pool& pool);
 
+#if QL_LEVEL >= 4
+// One block in five steps, between which somebody may look at what its linears read, and change them.
+// x: the residual stream [sequences * length][width], float32, read and written; `input` and `output`,
+// bfloat16, are what the linears of this step and of the next one read:
+//     0  output = norm(x)                          [width]         read by q, k, v
+//     1  output = attention(q, k, v of input)      [q width]       o
+//     2  x += o(input); output = norm(x)           [width]         gate, up
+//     3  output = act(gate(input)) * up(input)     [ffn]           down
+//     4  x += down(input)
+// Linears are bfloat16. The cache serves one sequence at a time.
+void step(const Model& model, const Layer& layer, int which, float* x, const uint16_t* input,
+          uint16_t* output, int sequences, int length, Pool& pool);
+#endif
+
 }  // namespace ql

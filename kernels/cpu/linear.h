@@ -22,6 +22,8 @@ int mode_for(int mode, int rows, bool table, int bits);
 constexpr int TILE_FROM = 6;
 
 #if QL_LEVEL >= 4
+// As `prepare` in mode BF16, of x [rows][columns] that is bfloat16 already; for many rows only.
+void take_bf16(Input& in, const uint16_t* x, int rows, int columns, Pool& pool);
 // tiles.cpp: the product on AMX tiles, for row blocks first to last - 1.
 void arrange_tiles(Input& in, int mode, Pool& pool);
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,

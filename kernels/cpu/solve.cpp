@@ -112,6 +112,19 @@ void ql_compensate(float* work, const float* step, const float* bottom, float le
     }, ASLEEP);
 }
 
+// matrix[j][i] = matrix[i][j] for j > i, in squares that fit the first cache: a column of a large matrix
+// touches another page at every row.
+void ql_mirror(float* matrix, int64_t size, void* pool) {
+    constexpr int64_t SIDE = 64;
+    ((Pool*)pool)->run((size + SIDE - 1) / SIDE, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t part = begin; part < end; part++)
+            for (int64_t i0 = 0; i0 <= part * SIDE; i0 += SIDE)
+                for (int64_t j = part * SIDE; j < std::min(size, (part + 1) * SIDE); j++)
+                    for (int64_t i = i0; i < std::min(j, i0 + SIDE); i++)
+                        matrix[j * size + i] = matrix[i * size + j];
+    }, ASLEEP);
+}
+
 // losses[t][g][r] = e M_g e^T with e = clamp(round(w / s), -z, levels - z) s - w for every try t, group
 // g and row r. weight [rows][stride], its groups of `size` columns from the first on; moments
 // [groups][size][size] or null (M = 1); scales, zeros, losses [tries][groups][rows].

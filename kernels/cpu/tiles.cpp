@@ -171,6 +171,30 @@ void arrange_tiles(Input& in, int mode, Pool& pool) {
     in.low = low;
 }
 
+void take_bf16(Input& in, const uint16_t* x, int rows, int columns, Pool& pool) {
+    in.rows = rows;
+    in.columns = columns;
+    in.padded = (columns + COLUMN_PAD - 1) / COLUMN_PAD * COLUMN_PAD;
+    in.x = nullptr;
+    in.int8 = false;
+    in.outliers.clear();
+    in.q = in.q_low = in.q_tiles = nullptr;
+    in.shift = nullptr;
+    in.low = nullptr;
+    const int64_t whole = (rows + TILE - 1) / TILE * TILE, tiles = in.padded / 32;
+    auto* high = in.high_.get<uint16_t>(whole * in.padded);
+    pool.run(whole, TILE, [&](int64_t first, int64_t last, int) {
+        for (int64_t m = first; m < last; m++)
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t there = m < rows ? std::clamp<int64_t>(columns - t * 32, 0, 32) : 0;
+                const __mmask32 mask = (__mmask32)((1ull << there) - 1);
+                const __m512i v = _mm512_maskz_loadu_epi16(mask, x + m * columns + t * 32);
+                _mm512_storeu_si512(high + ((m / TILE * tiles + t) * TILE + m % TILE) * 32, v);
+            }
+    });
+    in.high = high;
+}
+
 // With x in two parts ("exact") the weight is in two parts as well, unless it is bfloat16 itself.
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration import ActStats, StatKind
-from quantlab.compensation import compensate, inverse_factor
+from quantlab.compensation import compensate, in_order, inverse_factor
 from quantlab.errors import ConfigError, MethodError
-from quantlab.grid import find_grid, refit_scales
+from quantlab.grid import all_finite, find_grid, refit_scales
 from quantlab.methods import base
 from quantlab.models import Block
 from quantlab.packing import PackedWeight, affine
@@ -162,6 +162,11 @@ def shared_inputs(stats: Mapping[str, ActStats]) -> list[list[str]]:
     return list(groups.values())
 
 
+def rearranged(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of a square matrix in this order."""
+    return in_order(in_order(matrix, order).t(), order).t()
+
+
 def gptq(
     weight: Tensor, moment: Tensor, config: GPTQConfig, cross: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,22 +177,23 @@ def gptq(
     Raises: MethodError when a moment is not finite.
     """
     for value in (moment, cross if config.asymmetric else None):
-        if value is not None and not bool(torch.isfinite(value).all()):
+        if value is not None and not all_finite(value):
             raise MethodError("gptq: the calibration activations are not finite")
     columns = weight.shape[1]
     group = min(config.group_size, columns)
     dead = moment.diagonal() <= 0
-    weight = weight.masked_fill(dead, 0.0)
+    if bool(dead.any()):
+        weight = weight.masked_fill(dead, 0.0)
     order = torch.arange(columns)
     if config.act_order:
         order = torch.argsort(moment.diagonal(), descending=True, stable=True)
     upper = inverse_factor(
-        moment[order][:, order], dead[order], config.damp_percent, config.damping == "channel"
+        rearranged(moment, order), dead[order], config.damp_percent, config.damping == "channel"
     )
     debt = None
     if config.asymmetric:
         assert cross is not None
-        ahead = (cross - moment)[order][:, order] * config.gptaq_strength
+        ahead = rearranged(cross - moment, order) * config.gptaq_strength
         debt = (ahead @ upper.t()).triu_(1) @ upper
 
     def grid(values: Tensor, first: int) -> tuple[Tensor, Tensor]:

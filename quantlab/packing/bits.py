@@ -18,6 +18,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
     if bits == 8:
         return codes.contiguous()
+    if bits == 4:
+        pairs = torch.nn.functional.pad(codes, (0, count % 2))
+        return pairs[:, ::2] | pairs[:, 1::2] << 4
     padded = torch.nn.functional.pad(codes, (0, -count % 8)).to(torch.int64)
     # Eight codes make `bits` whole bytes: gather them in one 64-bit word, then split it.
     groups = padded.reshape(rows, -1, 8)
