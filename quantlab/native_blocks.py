@@ -32,7 +32,7 @@ Hook = Callable[[str, Tensor], None]
 
 
 class NativeBlocks:
-    """Runs blocks of one model on pieces of `length` tokens; `native_blocks` says where that can be.
+    """Runs one model's blocks on pieces of `length` tokens; `native_blocks` says where it can.
 
     Matrices are kept while their weights stay as they are, for one block at a time.
     """
@@ -53,8 +53,8 @@ class NativeBlocks:
         self._matrices: dict[str, tuple[Tensor, int, native.Matrix]] = {}
 
     def takes(self, block: Block, hidden: Tensor) -> bool:
-        """Whether `run` does this as torch would: plain linears that round their inputs to bfloat16,
-        no gradients, pieces of the length known."""
+        """Whether `run` does this as torch would: plain linears whose inputs are rounded to
+        bfloat16, no gradients, pieces of the length known."""
         if torch.is_grad_enabled() or not multiplies_bfloat16():
             return False
         plain = all(type(linear) is nn.Linear for linear in block.linears.values())
