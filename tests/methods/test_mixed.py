@@ -16,12 +16,11 @@ from quantlab.calibration import BlockRunner
 from quantlab.errors import ConfigError, MethodError
 from quantlab.methods import METHODS, configure, parse_variant
 from quantlab.methods.by_width import applied_scales, fold_state, rescaled
-from quantlab.methods.mixed import (
+from quantlab.methods.mixed import Plan, choose
+from quantlab.methods.mixed_config import (
     PRESETS,
     WIDTHS,
     MixedConfig,
-    Plan,
-    choose,
     layer_kind,
     mean_bits,
     parse_pattern,
