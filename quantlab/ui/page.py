@@ -90,7 +90,17 @@ def build() -> gr.Blocks:
             ask(advisor.answered, advisor_tab.arguments, advisor_tab.outputs, **QUIET)
         for event in [arrived, told_anew, opened, used, *shared.repaint]:
             event.then(tick, watched, shown, **QUIET)
+        _without_progress(demo)
     return demo
+
+
+def _without_progress(demo: gr.Blocks) -> None:
+    """Events whose progress is hidden tell no component of it. By default Gradio tells every output
+    of every event whenever any event starts or ends, and looks each up in the whole page: while a
+    run is watched, that took half of a core in the browser."""
+    for event in demo.fns.values():
+        if event.show_progress == "hidden":
+            event.show_progress_on = []
 
 
 def _arrive(told: str, saved: object) -> list[Any]:
