@@ -59,10 +59,12 @@
   // The address always names the run in view, so that a reload or a link finds it again.
   function followRun(element, watch) {
     const update = () => {
-      const run = element.querySelector("[data-run]")?.dataset.run || "";
+      const header = element.querySelector("[data-run]");
+      const run = header?.dataset.run || null;
       const url = new URL(location.href);
-      if (!run || url.searchParams.get("run") === run) return;
-      url.searchParams.set("run", run);
+      if (!header || url.searchParams.get("run") === run) return;
+      if (run) url.searchParams.set("run", run);
+      else url.searchParams.delete("run"); // The precomputed comparison has no address of its own.
       history.replaceState(history.state, "", url);
     };
     watch("value", update);
@@ -235,11 +237,12 @@
   document.addEventListener("scroll", hideTip, true);
   document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
 
-  // Copy buttons.
+  // Copy buttons: of a text on the page, or of the address, which names what is in view.
   document.addEventListener("click", async (event) => {
-    const button = event.target.closest("[data-copy]");
+    const button = event.target.closest("[data-copy], [data-share]");
     if (!button) return;
-    const text = document.getElementById(button.dataset.copy).textContent;
+    const source = document.getElementById(button.dataset.copy);
+    const text = source ? source.textContent : location.href;
     try {
       await navigator.clipboard.writeText(text);
     } catch {

@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from quantlab.results import SCHEMA, ResultRecord
-from quantlab.runs import Run
+from quantlab.runs import SHIPPED, Run
 from quantlab.types import RunSpec
 
-SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "precomputed.json"
-ID = "precomputed"
-"""The run's name where one is needed; runs of a store are named by their time."""
-
+FILE = Path(__file__).resolve().parents[1] / "assets" / "precomputed.json"
 SHARED = ("tokens", "text", "original")
 """Parts of a reading that are the same for every variant of a run; kept once."""
 
@@ -28,14 +25,14 @@ SHARED = ("tokens", "text", "original")
 @cache
 def run() -> Run:
     """The comparison as a finished run."""
-    return read(json.loads(SHIPPED.read_text(encoding="utf-8")))
+    return read(json.loads(FILE.read_text(encoding="utf-8")))
 
 
 def read(document: Mapping[str, Any]) -> Run:
     """The run that `write` made a document of."""
     told, environment = document["run"], document["environment"]
     made = Run(
-        id=ID,
+        id=SHIPPED,
         kind="compare",
         spec=RunSpec.from_json(told["spec"]),
         status="finished",
@@ -73,7 +70,7 @@ def write(run: Run) -> dict[str, Any]:
     common = {
         key: readings[0][key]
         for key in SHARED
-        if readings and all(reading.get(key) == readings[0].get(key) for reading in readings)
+        if readings and all(reading[key] == readings[0][key] for reading in readings)
     }
     results = []
     for record in run.records:

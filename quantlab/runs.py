@@ -14,6 +14,8 @@ Kind = Literal["compare", "answer"]
 RunStatus = Literal["queued", "running", "finished", "failed", "cancelled"]
 
 ACTIVE = ("queued", "running")
+SHIPPED = "precomputed"
+"""The name of the run that comes with QuantLab; those of a store are named by their time."""
 COLUMNS = "id, kind, spec, status, error, created, started, ended, environment, parent"
 
 
@@ -35,6 +37,11 @@ class Run:
     environment: dict[str, Any]
     records: tuple[ResultRecord, ...]
     parent: str | None
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it came with QuantLab (`quantlab.precomputed`) and nobody ran it here."""
+        return self.id == SHIPPED
 
     @property
     def unsettled(self) -> tuple[VariantSpec, ...]:

@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         run = next(newest) if given.run == "latest" else store.run(given.run)
     document = precomputed.write(run)
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    precomputed.SHIPPED.write_text(text + "\n", encoding="utf-8")
-    print(f"{precomputed.SHIPPED.name}: {precomputed.SHIPPED.stat().st_size:,} bytes of {run.id}")
+    precomputed.FILE.write_text(text + "\n", encoding="utf-8")
+    print(f"{precomputed.FILE.name}: {precomputed.FILE.stat().st_size:,} bytes of {run.id}")
 
 
 def measured(folder: Path) -> Run:

@@ -68,6 +68,7 @@ variants < interleave < pipeline
 answers < interleave
 metrics < plots
 store < report
+store < precomputed < ui
 pipeline < bench < cli
 report < cli
 methods < learn < plots

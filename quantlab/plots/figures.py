@@ -149,6 +149,12 @@ def to_json(figure: go.Figure) -> str:
     return json.dumps(data)
 
 
+def mark(figure: go.Figure, text: str) -> None:
+    """Say `text` under the figure's title, before what stands there."""
+    subtitle = figure.layout.title.subtitle
+    subtitle.text = " · ".join(part for part in (text, subtitle.text) if part)
+
+
 def finished(records: Sequence[ResultRecord]) -> list[ResultRecord]:
     return [record for record in records if record.status == "finished"]
 

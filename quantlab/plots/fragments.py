@@ -30,8 +30,10 @@ def results_table(
     pending: Mapping[str, Pending] | None = None,
     order: Sequence[str] = (),
     language: str | None = None,
+    marks: Sequence[str] = (),
 ) -> str:
-    """One row a variant in `order` (default: the records'); '' when there is nothing to show."""
+    """One row a variant in `order` (default: the records'); '' when there is nothing to show.
+    `marks` are badges that every record gets on top of its own."""
     say = words(language)
     by_name = {record.variant: record for record in records}
     waiting = dict(pending or {})
@@ -40,13 +42,15 @@ def results_table(
     rows = []
     for name in names:
         if name in by_name:
-            rows.append(_record_row(by_name[name], winners, say))
+            rows.append(_record_row(by_name[name], winners, say, marks))
         elif name in waiting:
             rows.append(_pending_row(waiting[name]))
     return render("table.html", language, rows=rows, columns=SHOWN)
 
 
-def _record_row(record: ResultRecord, winners: dict[str, str], say: Words) -> dict[str, object]:
+def _record_row(
+    record: ResultRecord, winners: dict[str, str], say: Words, marks: Sequence[str]
+) -> dict[str, object]:
     done = record.status == "finished"
     return {
         "variant": record.variant,
@@ -56,7 +60,7 @@ def _record_row(record: ResultRecord, winners: dict[str, str], say: Words) -> di
         "cells": [cell for cell in table.cells(record, winners) if cell.key in SHOWN]
         if done
         else [],
-        "badges": table.badges(record),
+        "badges": [*table.badges(record), *marks],
         "error": reason(record, say),
         "hint": record.hint,
         "details": details(record, say) if done else [],
@@ -134,10 +138,11 @@ def _plain(value: object) -> str:
 
 
 def verdict_box(
-    records: Sequence[ResultRecord], partial: bool = False, language: str | None = None
+    records: Sequence[ResultRecord], note: str = "", language: str | None = None
 ) -> str:
+    """What can be said of the records; `note` stands beside the heading."""
     lines = verdict.sentences(records, language)
-    return render("verdict.html", language, lines=lines, partial=partial)
+    return render("verdict.html", language, lines=lines, note=note)
 
 
 @dataclass(frozen=True)

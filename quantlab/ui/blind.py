@@ -46,6 +46,8 @@ def build(shared: Shared) -> dict[str, Any]:
 
 def _next(client: Client, run_id: str) -> tuple[Any, Asked | None, str]:
     """Draw a pair of answers; a note where there is none."""
+    if not run_id:
+        return gr.skip(), None, message(client.say("blind_shipped"), client.language)
     try:
         trial = draw(_candidates(run_id), services().store.votes(run_id), CHANCE)
     except QuantLabError as error:

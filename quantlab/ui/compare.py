@@ -229,7 +229,6 @@ def _results(tab: Compare) -> None:
                         elem_id=f"figure-{_id(name)}",
                         elem_classes="ql-figure",
                     )
-    tab.pieces["empty"] = html("empty")
 
 
 # What happens

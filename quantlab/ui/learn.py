@@ -27,7 +27,7 @@ from quantlab.ui.lessons.base import Control, Lesson, Scene, Shown, Step, safely
 from quantlab.ui.lessons.source import Source, build_source, origin_html
 from quantlab.ui.messages import error_message
 from quantlab.ui.services import services
-from quantlab.ui.shared import QUIET, Shared, html, i18n
+from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
 
 FIRST = next(iter(LESSONS))
 MOVING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
@@ -128,7 +128,10 @@ class Learn:
             ]
             return [gr.Tabs(selected="learn"), where, *visible(client.lesson), *walks]
 
-        self.redraw(event.then(find, self.shared.client, outputs, **QUIET))
+        event.then(find, self.shared.client, outputs, **BUSY)
+        # Changes only where the page was opened by such a link; else the step is drawn when the tab
+        # is opened, and nothing of Learn is computed for those who do not open it.
+        self.redraw(self.where.change(lambda: None, **QUIET))
 
 
 def build(shared: Shared) -> Learn:

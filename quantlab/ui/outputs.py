@@ -14,7 +14,7 @@ from quantlab.ui import blind, form
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
 from quantlab.ui.services import services
-from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
+from quantlab.ui.shared import BUSY, QUIET, WANTED, Shared, html, i18n
 
 
 @dataclass
@@ -56,7 +56,7 @@ def build(shared: Shared) -> Outputs:
     tab.pieces["answers_intro"] = html("answers-intro")
     tab.pieces["answers_autopsy"] = html("answers-autopsy")
     tab.pieces["answers"] = html("answers")
-    with gr.Accordion(i18n("tokens"), open=False, elem_id="tokens-section"):
+    with gr.Accordion(i18n("tokens"), open=False, elem_id="tokens-section") as reading:
         tab.pieces["tokens"] = html("tokens", "quantlab.tokens(element, watch)")
     tab.pieces |= blind.build(shared)
 
@@ -68,8 +68,13 @@ def build(shared: Shared) -> Outputs:
         **BUSY,
     )
     shared.repaint.append(asked)
+    shared.repaint.append(reading.expand(_wanted, shared.painted, shared.painted, **QUIET))
     shared.repaint.append(tab.pieces["ask_cancel"].click(_cancel, shared.run_id, None, **QUIET))
     return tab
+
+
+def _wanted(painted: dict[str, str]) -> dict[str, str]:
+    return {**painted, WANTED: "yes"}
 
 
 def _ask(client: Client, run_id: str, text: str, tokens: float | None) -> tuple[Any, str]:

@@ -59,12 +59,28 @@ def build() -> gr.Blocks:
             changed = {pieces[name]: value for name, value in painting.changed.items()}
             return changed | {shared.painted: painting.marks}
 
+        def arrive(told: str, saved: object) -> dict[Any, Any]:
+            client, values, note = _arrive(told, saved)
+            run_id = services().first_in_view(client.run)
+            painting = paint(client, run_id, {}, first=True)
+            return {
+                shared.client: client,
+                shared.run_id: run_id,
+                shared.painted: painting.marks,
+                language: client.language,
+                notice: note,
+                compare_tab.chips: variants.chips_html(values["variants"], client.language),
+                compare_tab.options: options.options_html(values["variants"], client),
+                **{compare_tab.inputs[name]: values[name] for name in form.FIELDS},
+                **{pieces[name]: value for name, value in painting.changed.items()},
+            }
+
         watched = [shared.client, shared.run_id, shared.painted]
         shown = [*pieces.values(), shared.painted]
         arrived = demo.load(
-            _arrive,
+            arrive,
             [told, compare_tab.saved],
-            [shared.client, shared.run_id, shared.painted, language, notice, *chosen, *inputs],
+            [shared.client, shared.run_id, language, notice, *chosen, *inputs, *shown],
             js=ARRIVE,
             **BUSY,
         )
@@ -103,23 +119,13 @@ def _without_progress(demo: gr.Blocks) -> None:
             event.show_progress_on = []
 
 
-def _arrive(told: str, saved: object) -> list[Any]:
-    """A browser tab has opened or reloaded the page: find its run and its form again."""
+def _arrive(told: str, saved: object) -> tuple[Client, dict[str, Any], str]:
+    """A browser tab has opened or reloaded the page: who it is, its form as it was, and a message
+    where its address names a run that there is not."""
     client = Client.of(json.loads(told or "{}"))
-    values = form.restored(saved)
-    shown = services().first_in_view(client.run)
     lost = client.run and not services().known(client.run)
     note = client.say("run_missing", id=client.run) if lost else ""
-    return [
-        client,
-        shown,
-        {},
-        client.language,
-        message(note, client.language) if note else "",
-        variants.chips_html(values["variants"], client.language),
-        options.options_html(values["variants"], client),
-        *(values[name] for name in form.FIELDS),
-    ]
+    return client, form.restored(saved), message(note, client.language) if note else ""
 
 
 def _told_anew(data: list[dict[str, Any]], event: gr.EventData) -> tuple[Client, str, str, str]:

@@ -38,16 +38,17 @@ def build(shared: Shared) -> Runs:
                 "runs-list", "quantlab.forward(element, trigger, ['open'])", events=("open",)
             )
         with (
-            gr.Column(scale=2, min_width=320, elem_id="run-detail", visible=False) as detail,
+            gr.Column(scale=2, min_width=320, elem_id="run-detail"),
         ):
-            tab.pieces["detail_column"] = detail
             tab.pieces["detail"] = html("detail")
-            with gr.Row(elem_id="exports"):
+            with gr.Row(elem_id="exports") as exports:
+                tab.pieces["exports"] = exports
                 for kind in FORMATS:
                     _export(kind, shared)
             with gr.Row(elem_id="run-actions"):
                 tab.use = gr.Button(i18n("use_settings"), elem_id="use-settings", size="sm")
                 delete = gr.Button(i18n("delete"), elem_id="delete", size="sm", variant="stop")
+                tab.pieces["delete"] = delete
             with gr.Column(visible=False, elem_id="delete-question") as question:
                 gr.Markdown(i18n("delete_sure"), elem_id="delete-sure")
                 with gr.Row():
@@ -129,7 +130,7 @@ def _delete(client: Client, run_id: str) -> tuple[Any, str, Any]:
 def settings(client: Client, run_id: str) -> tuple[dict[str, Any] | None, str]:
     """The form's values that make the run in view, and a note; None when there is no such run."""
     try:
-        run = services().store.run_head(run_id)
+        run = services().run(run_id)
     except QuantLabError as error:
         return None, error_message(error, client.language)
     note = client.say("use_settings_done", id=run.id)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from quantlab import pipeline
+from quantlab import pipeline, precomputed
 from quantlab.errors import JobError
-from quantlab.jobs import JobQueue
+from quantlab.jobs import JobQueue, JobView
 from quantlab.plots import palette
+from quantlab.progress import RunProgress, job_view
 from quantlab.runs import ACTIVE, Run
 from quantlab.store import Store
 from quantlab.types import RunSpec, VariantSpec
@@ -54,7 +55,7 @@ class Services:
     def first_in_view(self, wanted: str) -> str:
         """The run a fresh page shows: the one its address names, else what runs, else the newest.
 
-        '' when there is none.
+        '' when there is none: the page then shows the precomputed comparison.
         """
         known = self.history(fresh=True)
         if wanted and self.known(wanted):
@@ -67,6 +68,19 @@ class Services:
             return self.comparison_of(waiting[-1].id)
         return next((run.id for run in known if run.kind == "compare"), "")
 
+    def run(self, run_id: str) -> Run:
+        """A run with its records; the precomputed one for ''. Raises: JobError for a lost run."""
+        return self.store.run(run_id) if run_id else precomputed.run()
+
+    def view(self, run_id: str) -> JobView:
+        """The run as it stands; the precomputed one where there is none of this name (any more)."""
+        try:
+            if run_id:
+                return self.queue.view(run_id)
+        except JobError:
+            pass  # Deleted, here or in another tab.
+        return shipped_view()
+
     def known(self, run_id: str) -> bool:
         """Whether there is such a run."""
         try:
@@ -77,8 +91,17 @@ class Services:
 
     def comparison_of(self, run_id: str) -> str:
         """The comparison a run belongs to: itself, or the parent of answers."""
+        if not run_id:
+            return ""
         run = self.store.run_head(run_id)
         return run.parent if run.kind == "answer" and run.parent else run.id
+
+
+@cache
+def shipped_view() -> JobView:
+    run = precomputed.run()
+    progress = RunProgress(variant.label for variant in run.spec.variants)
+    return job_view(run, progress, position=0, cancelling=False, now=0.0)
 
 
 _services: Services | None = None

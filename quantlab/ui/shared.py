@@ -52,6 +52,10 @@ def html(
     )
 
 
+WANTED = "tokens wanted"
+"""A mark in `Shared.painted`: the paired token view was opened in this browser tab."""
+
+
 @dataclass
 class Shared:
     """`client`: a Client; `run_id`: the run in view ('' for none); `painted`: fingerprints of what

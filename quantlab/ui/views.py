@@ -9,12 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from quantlab import report
+from markupsafe import Markup
+
+from quantlab import precomputed, report
 from quantlab.jobs import JobView, VariantView
 from quantlab.plots import fragments, numbers, palette
 from quantlab.plots.templates import render
 from quantlab.plots.words import Words
-from quantlab.runs import ACTIVE, Run
+from quantlab.runs import ACTIVE, SHIPPED, Run
 from quantlab.ui.client import Client
 from quantlab.ui.services import Services
 
@@ -22,15 +24,15 @@ FEATURES = ("amx_int8", "avx512_vnni", "avx512_bf16")
 """What the packed kernels live on; the header names those that this machine has."""
 
 
-def header(client: Client, run: Run | None, machine: dict[str, Any]) -> str:
+def header(client: Client, run: Run, machine: dict[str, Any]) -> str:
     """The slim header: name, promise, environment, run in view."""
     return render(
         "header.html",
         client.language,
         chips=environment_chips(machine, client.say),
-        run_id=run.id if run else None,
-        model=model_name(run.spec.model) if run else "",
-        when=moment(run.created) if run else "",
+        run_id="" if run.shipped else run.id,
+        model=model_name(run.spec.model),
+        when=moment(run.created),
     )
 
 
@@ -47,6 +49,19 @@ def environment_chips(machine: dict[str, Any], say: Words) -> list[dict[str, str
     rows = [row for row in report.environment_rows(machine, say) if row[0] != "date"]
     chips[0]["tip"] = "\n".join(f"{name}: {value}" for name, value in rows)
     return chips
+
+
+def shipped(client: Client, run: Run) -> str:
+    """Where the precomputed comparison was measured, and how to measure it here."""
+    machine = str(run.environment.get("cpu") or run.environment.get("system") or "")
+    cores = run.environment.get("cores", "?")
+    values = {"machine": machine, "cores": cores, "date": day(run), "time": took(run)}
+    return render("shipped.html", client.language, told=client.say("shipped_told", **values))
+
+
+def day(run: Run) -> str:
+    """The day of a run, as its own machine counted it."""
+    return str(run.environment.get("date") or "")[:10]
 
 
 def progress(client: Client, view: JobView) -> str:
@@ -158,7 +173,8 @@ def table(client: Client, view: JobView) -> str:
         if v.record is None
     }
     order = [v.label for v in view.variants]
-    return fragments.results_table(records, pending, order, client.language)
+    marks = [SHIPPED] if view.run.shipped else []
+    return fragments.results_table(records, pending, order, client.language, marks)
 
 
 def stage_note(variant: VariantView, say: Words) -> str:
@@ -169,7 +185,12 @@ def stage_note(variant: VariantView, say: Words) -> str:
 
 def verdict(client: Client, view: JobView) -> str:
     records = [v.record for v in view.variants if v.record is not None]
-    return fragments.verdict_box(records, view.status in ACTIVE, client.language)
+    note = ""
+    if view.run.shipped:
+        note = " · ".join((client.say("badge_precomputed"), day(view.run)))
+    elif view.status in ACTIVE:
+        note = client.say("verdict_so_far")
+    return fragments.verdict_box(records, note, client.language)
 
 
 def answers(client: Client, views: Sequence[JobView]) -> str:
@@ -209,15 +230,16 @@ def runs(client: Client, history: Sequence[Run], run_id: str) -> str:
     """Every past run, newest first."""
     say = client.say
     shown = []
-    for run in history:
+    for run in [*history, precomputed.run()]:
         done = sum(record.status == "finished" for record in run.records)
         notes = [say("run_rows", done=done, total=len(run.spec.variants))]
         if run.ended and run.started:
             notes.append(say("run_took", time=took(run)))
         shown.append(
             {
-                "id": run.id,
+                "id": "" if run.shipped else run.id,
                 "kind": run.kind,
+                "shipped": run.shipped,
                 "status": run.status,
                 "model": model_name(run.spec.model),
                 "variants": [
@@ -227,10 +249,10 @@ def runs(client: Client, history: Sequence[Run], run_id: str) -> str:
                 "when": moment(run.created),
                 "iso": datetime.fromtimestamp(run.created).astimezone().isoformat(),
                 "note": " · ".join(notes),
-                "current": run_id in (run.id, run.parent),
+                "current": not run_id if run.shipped else run_id in (run.id, run.parent),
             }
         )
-    return render("runs.html", client.language, runs=shown)
+    return render("runs.html", client.language, runs=shown, none=not history)
 
 
 def detail(client: Client, run: Run) -> str:
@@ -239,6 +261,7 @@ def detail(client: Client, run: Run) -> str:
         "detail.html",
         client.language,
         run=run,
+        shipped=Markup(shipped(client, run)) if run.shipped else "",
         command=report.reproduce_command(run.spec),
         command_id="reproduce-command",
     )
@@ -252,10 +275,6 @@ def facts(client: Client, run: Run) -> str:
         settings=report.settings(run.spec, client.say),
         environment=report.environment_rows(run.environment, client.say),
     )
-
-
-def empty(client: Client) -> str:
-    return render("empty.html", client.language)
 
 
 def model_name(model: str) -> str:
