@@ -44,7 +44,8 @@ WATCH = """(signs) => {
   window.seen = {};
   const look = () => {
     for (const [name, selector] of Object.entries(signs)) {
-      if (name in window.seen || !document.querySelector(selector)?.getClientRects().length) continue;
+      if (name in window.seen) continue;
+      if (!document.querySelector(selector)?.getClientRects().length) continue;
       window.seen[name] = null;  // Two frames on, it has been painted.
       const done = () => (window.seen[name] = performance.now());
       requestAnimationFrame(() => requestAnimationFrame(done));
@@ -100,12 +101,12 @@ def opened(browser: Browser, url: str, width: int = 1440) -> dict[str, Any]:
     tab.add_init_script(f"({WATCH})({json.dumps(SIGNS)})")
     tab.goto(url)
     tab.wait_for_function(
-        "n => Object.values(window.seen).filter(Boolean).length === n", arg=len(SIGNS), timeout=120_000
+        "n => Object.values(window.seen).filter(Boolean).length === n",
+        arg=len(SIGNS),
+        timeout=120_000,
     )
     times: dict[str, Any] = tab.evaluate("window.seen")
-    times["load event"] = tab.evaluate(
-        "performance.getEntriesByType('navigation')[0].loadEventEnd"
-    )
+    times["load event"] = tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
     times["elements"] = tab.evaluate("document.querySelectorAll('*').length")
     context.close()
     return times | {"requests": len(sizes), "bytes": sum(sizes)}
@@ -117,11 +118,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--home", type=Path, help="default: an empty one")
     parser.add_argument("--times", type=int, default=5)
     given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as empty, page(given.home or Path(empty)) as (url, up, _):
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
-            runs = [opened(browser, url) for _ in range(given.times)]
-            browser.close()
+    with (
+        tempfile.TemporaryDirectory() as empty,
+        page(given.home or Path(empty)) as (url, up, _),
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+        runs = [opened(browser, url) for _ in range(given.times)]
+        browser.close()
     print(f"the server answered {up:.1f} s after its start")
     print(f"{'':12} {'median':>8} {'first':>8} {'worst':>8}")
     for name in runs[0]:
@@ -130,7 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     worst = max(run["table"] for run in runs)
     print(f"slowest first paint with results: {worst:.0f} ms (aim: {AIM:.0f} ms)")
     if given.json:
-        given.json.write_text(json.dumps({"up_seconds": up, "runs": runs}, indent=1) + "\n", "utf-8")
+        given.json.write_text(
+            json.dumps({"up_seconds": up, "runs": runs}, indent=1) + "\n", "utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from quantlab import precomputed
 from quantlab.cli.options import DEFAULT_METHODS
 from quantlab.errors import ConfigError, JobError, MethodError, ModelError, QuantLabError, TextError
 from quantlab.jobs import JobQueue
@@ -28,6 +29,7 @@ from quantlab.types import RunSpec, VariantSpec
 from quantlab.ui import actions, form, options, painter, runs, server, services, variants, views
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message
+from quantlab.ui.shared import WANTED
 from tests.records import failed, record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,12 +255,61 @@ def finished_run(at: services.Services, **changes: Any) -> str:
     return run_id
 
 
-def test_an_empty_page_teaches(at: services.Services) -> None:
+def test_an_empty_home_shows_the_precomputed_comparison_marked(at: services.Services) -> None:
     changed = painter.paint(ENGLISH, "", {}).changed
-    assert "What a comparison will show you" in changed["empty"]
-    assert changed["table"] == changed["progress"] == changed["detail"] == ""
+    run = precomputed.run()
+    assert changed["table"].count('data-state="finished"') == len(run.records) == 6
+    for row in changed["table"].split("<tbody")[1:]:
+        assert row.count("ql-badge-precomputed") == 1
+    for piece in ("header", "progress", "answers_intro", "runs", "detail"):
+        assert "ql-badge-precomputed" in changed[piece], piece
+    for piece in ("progress", "answers_intro", "detail"):
+        assert run.environment["cpu"] in changed[piece]
+        assert run.environment["date"][:10] in changed[piece]
+    assert f"precomputed · {run.environment['date'][:10]}" in changed["verdict"]
+    for name in ("perplexity_size", "kl_bits", "speed", "size"):
+        assert "precomputed" in changed[f"figure_{name}"].plot
     assert "a &lt;b&gt;chip&lt;/b&gt;" in changed["header"]
-    assert "figure_speed" not in changed
+    assert 'data-run=""' in changed["header"], "the address names no run"
+    assert changed["exports"].visible is changed["delete"].visible is False
+
+
+def test_the_precomputed_comparison_never_enters_the_history(at: services.Services) -> None:
+    painter.paint(ENGLISH, "", {})
+    values, _ = runs.settings(ENGLISH, "")
+    assert values is not None
+    assert form.spec_of(values, SAY) == precomputed.run().spec
+    assert at.store.runs(10) == []
+    assert at.history() == ()
+    with at.store.database.transaction(write=False) as db:
+        (count,) = db.execute("SELECT count(*) FROM results").fetchone()
+    assert count == 0
+    own = finished_run(at)
+    at.history(fresh=True)
+    shown = painter.paint(ENGLISH, own, {}).changed
+    assert "ql-badge-precomputed" not in "".join(
+        shown[piece] for piece in ("header", "progress", "table", "verdict", "detail", "answers")
+    )
+    assert "precomputed" not in shown["figure_size"].plot
+    rows = shown["runs"].split("data-run-row=")
+    assert [row.split('"')[1] for row in rows[1:]] == [own, "precomputed"]
+    assert shown["exports"].visible is shown["delete"].visible is True
+
+
+def test_the_first_sight_is_the_table_without_what_can_wait(at: services.Services) -> None:
+    first = painter.paint(ENGLISH, "", {}, first=True)
+    assert {"header", "progress", "table", "verdict"} <= set(first.changed)
+    assert not any(name.startswith("figure") or name == "tokens" for name in first.changed)
+    rest = painter.paint(ENGLISH, "", first.marks).changed
+    assert not set(rest) & set(first.changed)
+    assert "figure_speed" in rest
+
+
+def test_paired_tokens_are_drawn_only_for_those_who_open_them(at: services.Services) -> None:
+    closed = painter.paint(ENGLISH, "", {})
+    assert "tokens" not in closed.changed
+    opened = painter.paint(ENGLISH, "", {**closed.marks, WANTED: "yes"})
+    assert set(opened.changed) == {"tokens"}
 
 
 def test_a_finished_run_fills_the_page(at: services.Services) -> None:
@@ -267,7 +318,6 @@ def test_a_finished_run_fills_the_page(at: services.Services) -> None:
     assert "2 of 3 variants measured" in changed["progress"]
     assert "&lt;i&gt;no&lt;/i&gt;" in changed["table"]
     assert "higher perplexity" not in changed["verdict"]
-    assert changed["empty"] == ""
     assert run_id in changed["header"]
     assert "python -m quantlab compare" in changed["detail"]
     for name in ("perplexity_size", "kl_bits", "speed", "size"):
@@ -298,12 +348,12 @@ def test_a_queued_run_says_how_many_are_ahead(at: services.Services) -> None:
     assert changed["queue"].count("data-show") == 1
 
 
-def test_a_deleted_run_leaves_an_empty_page(at: services.Services) -> None:
+def test_a_deleted_run_leaves_the_precomputed_one(at: services.Services) -> None:
     run_id = finished_run(at)
     at.store.delete_run(run_id)
-    changed = painter.paint(ENGLISH, run_id, {}).changed
-    assert changed["table"] == ""
-    assert changed["empty"]
+    painting = painter.paint(ENGLISH, run_id, {})
+    assert painting.marks == painter.paint(ENGLISH, "", {}).marks
+    assert 'aria-current="true"' in painting.changed["runs"]
 
 
 def test_a_broken_store_is_told_where_progress_stands(

@@ -63,12 +63,15 @@ def paint(
 
 def _paint(painting: Painting, client: Client, run_id: str, at: Services, first: bool) -> None:
     view = at.view(run_id)
-    own = not view.run.shipped
+    run_id = "" if view.run.shipped else view.run.id
+    own = bool(run_id)
     busy = at.queue.active() is not None or bool(at.queue.waiting())
     painting.put("timer", busy, lambda: gr.Timer(FAST if busy else SLOW))
     painting.html("header", views.header(client, view.run, environment()))
     painting.html("queue", views.queue(client, at, run_id))
-    painting.html("progress", views.progress(client, view) if own else views.shipped(client, view.run))
+    painting.html(
+        "progress", views.progress(client, view) if own else views.shipped(client, view.run)
+    )
     # Drawing the table takes longer than all else that may change twice a second.
     where = [(v.state, v.stage, v.done, v.total) for v in view.variants if v.record is None]
     settled = [(r.variant, r.status) for r in view.run.records]
@@ -115,9 +118,7 @@ def _paint_figures(painting: Painting, client: Client, view: JobView) -> None:
         painting.put(f"figure_{name}", mark, lambda name=name: _figure(client, view, records, name))
 
 
-def _figure(
-    client: Client, view: JobView, records: Sequence[ResultRecord], name: str
-) -> PlotData:
+def _figure(client: Client, view: JobView, records: Sequence[ResultRecord], name: str) -> PlotData:
     drawn = FIGURES[name](records, client.dark, client.language)
     if view.run.shipped:
         figures.mark(drawn, client.say("badge_precomputed"))
@@ -145,8 +146,8 @@ def _paint_judging(painting: Painting, client: Client, view: JobView) -> None:
     mark = (view.run.id, done, client.language)
     if WANTED in painting.marks:
         painting.put("tokens", mark, lambda: tokens.view(records, client.language))
-    own = "" if view.run.shipped else view.run.id
-    painting.put("blind", mark, lambda: blind.start(client, own))
+    run_id = "" if view.run.shipped else view.run.id
+    painting.put("blind", mark, lambda: blind.start(client, run_id))
     settled = (mark, [record.variant for record in records])
     for piece in ("autopsy", "answers_autopsy"):
         painting.put(piece, settled, lambda: autopsy.box(records, client.language))
