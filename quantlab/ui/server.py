@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ def launch(demo: gr.Blocks, argv: Sequence[str] | None = None, **options: Any) -
         i18n=TRANSLATOR,
         footer_links=["settings"],
         run_history=False,
+        mcp_server=find_spec("mcp") is not None,
         share=False,
         app_kwargs={"middleware": [Middleware(ChosenLanguage)]},
         **options,

@@ -252,7 +252,7 @@ def runs(client: Client, history: Sequence[Run], run_id: str) -> str:
                 "current": not run_id if run.shipped else run_id in (run.id, run.parent),
             }
         )
-    return render("runs.html", client.language, runs=shown, none=not history)
+    return render("runs.html", client.language, runs=shown, own=bool(history))
 
 
 def detail(client: Client, run: Run) -> str:

@@ -44,8 +44,6 @@ def test_first_load_teaches_and_is_ready(tab: Tab, app: App) -> None:
     expect(tab.find("#run")).to_be_enabled()
     expect(tab.find("#estimate")).to_contain_text(re.compile(r"\d+:\d\d"))
     expect(tab.find("#message-run")).to_contain_text("no run nonsense")
-    if not Store(app.home).runs(1):
-        expect(tab.find("#empty")).to_contain_text("What a comparison will show you")
 
 
 def test_a_comparison_runs_with_progress_to_results(tab: Tab, model: Path) -> None:

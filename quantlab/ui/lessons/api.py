@@ -26,7 +26,8 @@ def number_formats(value: float) -> list[dict[str, Any]]:
     Args:
         value: the number; it is rounded to the nearest that each format has.
 
-    Returns: for each format its name, its bits (the most significant first), the widths of sign,
+    Returns:
+        for each format its name, its bits (the most significant first), the widths of sign,
         exponent and mantissa, and the number that the bits spell as text.
     """
     return [
@@ -51,7 +52,8 @@ def quantized_product(
         scheme: absmax, zero_point (one grid a matrix), or llm_int8 (8 bits, outliers from 6 apart).
         bits: 2 to 8, for absmax and zero_point.
 
-    Returns: exact, result, difference, and the error as a share of the exact product's size.
+    Returns:
+        exact, result, difference, and the error as a share of the exact product's size.
     """
     return _told(lambda: _product(x, w, scheme, bits))
 
@@ -67,8 +69,9 @@ def rounding_error(
         group_size: weights that share one step.
         outlier_times: the largest weight is first made so many times as large.
 
-    Returns: the rounded weights, the step of each weight, and the root mean square error of all
-        but the largest.
+    Returns:
+        the rounded weights, the step of each weight, and the root mean square error of all but the
+        largest.
     """
     return _told(lambda: _rounding(weights, bits, group_size, outlier_times))
 
@@ -80,8 +83,9 @@ def gguf_block(weights: list[float], kind: str = "q4_k") -> dict[str, Any]:
         weights: 256 numbers (of which q4_0 takes the first 32).
         kind: q4_0 or q4_k.
 
-    Returns: the bytes in hexadecimal, the field each belongs to, the codes, the decoded weights,
-        and the block's own factors.
+    Returns:
+        the bytes in hexadecimal, the field each belongs to, the codes, the decoded weights, and
+        the block's own factors.
     """
     return _told(lambda: _block(weights, kind))
 
