@@ -191,7 +191,7 @@ def advise(
         parameters: number of weights, if not 0 instead of `model`; the shape is then guessed.
         context: tokens of each sequence that the KV cache holds.
         batch: sequences answered at the same time.
-        device: this, phone, pi5, rtx3060, rtx4090, a100-40, a100-80, h100-80, macbook-16, macbook-32.
+        device: this phone pi5 rtx3060 rtx4090 a100-40 a100-80 h100-80 macbook-16 macbook-32.
         use: what it is for; decides the precision that is recommended.
 
     Returns:

@@ -3,9 +3,14 @@ and what is typed or was generated, which never runs."""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+import inspect
 import json
 import os
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +21,15 @@ from quantlab import precomputed
 from quantlab.plots.words import words
 from quantlab.store import Store
 from quantlab.types import Generation, RunSpec, VariantSpec
+from quantlab.ui import advisor
+from quantlab.ui.lessons import api
 from tests.browser.conftest import ROOT, App, Tab, start_app
 from tests.records import failed, record
 
 pytestmark = pytest.mark.browser
 
+FUNCTIONS = {function.__name__: function for function in (*api.FUNCTIONS, advisor.advise)}
+METHODS = ("bf16", "rtn", "gptq")
 HOSTILE = (
     "<img src=x onerror=window.__pwned=1><script>window.__pwned=1</script>"
     "<a href='javascript:window.__pwned=1'>x</a>\"><svg onload=window.__pwned=1>"
@@ -132,6 +141,59 @@ def test_all_tabs_are_reached_on_a_phone_by_keyboard(
     tab.page.context.close()
 
 
+def asked(app: App, path: str, *values: Any) -> Any:
+    """The JSON of a route; with values, the first output of a call."""
+    data = json.dumps({"data": values}).encode() if values else None
+    request = urllib.request.Request(
+        app.url + "gradio_api/" + path, data, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        told = json.load(answer)
+    return told["data"][0] if values else told
+
+
+def test_programs_may_call_what_is_stateless_and_nothing_else(fresh: App) -> None:
+    offered = asked(fresh, "info")
+    assert set(offered["named_endpoints"]) == {f"/{name}" for name in FUNCTIONS}
+    assert offered["unnamed_endpoints"] == {}
+    for name, function in FUNCTIONS.items():
+        taken = inspect.signature(function).parameters
+        told = offered["named_endpoints"][f"/{name}"]["parameters"]
+        assert [one["parameter_name"] for one in told] == list(taken)
+        for one in told:
+            default = taken[one["parameter_name"]].default
+            assert one["parameter_has_default"] is (default is not inspect.Parameter.empty)
+    found = {one["format"]: one for one in asked(fresh, "run/number_formats", -1.5)}
+    assert found["FP16"]["bits"] == "1" + "01111" + "1000000000"
+    # 3 bits, absmax: the step is 3 / 3, and 0.4 becomes 0.
+    rounded = asked(fresh, "run/rounding_error", [3.0, 0.4, -2.0], 3, 3, 1)
+    assert rounded["rounded"] == [3.0, 0.0, -2.0]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        asked(fresh, "run/gguf_block", [1.0], "q4_k")
+    assert "needs 256 numbers" in refused.value.read().decode()
+    if importlib.util.find_spec("mcp") is None:
+        return  # The page has started without it.
+    tools = {one["name"]: one for one in asked(fresh, "mcp/schema")}
+    assert set(tools) == set(FUNCTIONS)
+    for name, function in FUNCTIONS.items():
+        properties = tools[name]["inputSchema"]["properties"]
+        assert set(properties) == set(inspect.signature(function).parameters)
+        assert all(one["type"] and one["description"] for one in properties.values())
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def call() -> str:
+        async with (
+            streamablehttp_client(fresh.url + "gradio_api/mcp/") as (reads, writes, _),
+            ClientSession(reads, writes) as session,
+        ):
+            await session.initialize()
+            answer = await session.call_tool("number_formats", {"value": -1.5})
+            return str(answer.content[0])
+
+    assert "1011111000000000" in asyncio.run(call())
+
+
 def hostile_run(app: App) -> str:
     """A finished run whose every text is hostile: its id."""
     store = Store(app.home)
@@ -152,9 +214,6 @@ def hostile_run(app: App) -> str:
     store.add_record(run_id, failed("gptq:4", HOSTILE, HOSTILE))
     store.update_run(run_id, status="finished", error=HOSTILE)
     return run_id
-
-
-METHODS = ("bf16", "rtn", "gptq")
 
 
 def test_a_link_names_the_run_and_the_step_and_nothing_hostile_runs(
