@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantlab.learn import columns, material
-from quantlab.ui import learn
+from quantlab.ui import learn_step
 from quantlab.ui.client import Client
 from quantlab.ui.lessons import LESSONS
 from quantlab.ui.lessons.base import Control, Lesson, Scene, Step
@@ -39,17 +39,17 @@ def moves(control: Control) -> list[Any]:
 
 def measured(lesson: Lesson, step: Step, layer: str) -> list[float]:
     """Seconds of every move."""
-    stage = learn.Stage(lesson, step, 1, figure=object() if step.figure else None)
+    stage = learn_step.Stage(lesson, step, 1, figure=object() if step.figure else None)
     one = material.load(layer=layer)
     start = {control.name: control.value for control in step.controls}
-    learn.drawn(stage, Scene(Client(), one, start, {}))
+    learn_step.drawn(stage, Scene(Client(), one, start, {}))
     taken = []
     for control in step.controls or (None,):
         for value in moves(control) if control else [None] * MOVES:
             values = start if control is None else {**start, control.name: value}
             columns.walk.cache_clear()
             begin = time.perf_counter()
-            learn.drawn(stage, Scene(Client(), one, values, {}))
+            learn_step.drawn(stage, Scene(Client(), one, values, {}))
             taken.append(time.perf_counter() - begin)
     return taken
 

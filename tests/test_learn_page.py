@@ -17,7 +17,7 @@ import pytest
 from quantlab.learn import formats, material, matrix, quiz, records
 from quantlab.plots.terms import paragraphs
 from quantlab.plots.words import translations, words
-from quantlab.ui import learn
+from quantlab.ui import learn, learn_step
 from quantlab.ui.client import Client
 from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson, Scene, Step
@@ -32,8 +32,8 @@ def scene(step: Step, client: Client = Client(), layer: str = "", **changes: Any
     return Scene(client, material.load(layer=layer), values | changes, state, None)
 
 
-def stage(lesson: Lesson, step: Step) -> learn.Stage:
-    return learn.Stage(lesson, step, 1, figure=object() if step.figure else None)
+def stage(lesson: Lesson, step: Step) -> learn_step.Stage:
+    return learn_step.Stage(lesson, step, 1, figure=object() if step.figure else None)
 
 
 def step_of(lesson: str, name: str) -> tuple[Lesson, Step]:
@@ -48,7 +48,7 @@ def test_every_step_draws(lesson: Lesson, step: Step, layer: str) -> None:
     for language in translations():
         for dark in (False, True):
             client = Client(language, dark)
-            text, picture, *plot = learn.drawn(stage(lesson, step), scene(step, client, layer))
+            text, picture, *plot = learn_step.drawn(stage(lesson, step), scene(step, client, layer))
             assert "ql-message-error" not in picture
             assert "[[" not in text
             drawn[language, dark] = text
@@ -65,7 +65,7 @@ def test_every_step_draws(lesson: Lesson, step: Step, layer: str) -> None:
 @pytest.mark.parametrize(("lesson", "step"), STEPS, ids=lambda one: one.name)
 def test_every_control_moves_its_picture(lesson: Lesson, step: Step) -> None:
     """A control that changes nothing has no business on the step."""
-    before = learn.drawn(stage(lesson, step), scene(step))
+    before = learn_step.drawn(stage(lesson, step), scene(step))
     for control in step.controls:
         ends = {
             "slider": [control.minimum, control.maximum],
@@ -74,7 +74,8 @@ def test_every_control_moves_its_picture(lesson: Lesson, step: Step) -> None:
             "text": ["1.5"],
         }[control.kind]
         after = [
-            learn.drawn(stage(lesson, step), scene(step, **{control.name: end})) for end in ends
+            learn_step.drawn(stage(lesson, step), scene(step, **{control.name: end}))
+            for end in ends
         ]
         shown = [[getattr(part, "plot", part) for part in made] for made in (before, *after)]
         assert any(made != shown[0] for made in shown[1:]), control.name
@@ -129,7 +130,7 @@ def test_no_text_of_the_lessons_is_unused() -> None:
 @pytest.mark.parametrize("text", [HOSTILE, "abc", "1e999x"])
 def test_what_is_typed_never_becomes_markup(text: str) -> None:
     lesson, step = step_of("formats", "bits")
-    _, picture = learn.drawn(stage(lesson, step), scene(step, value=text))
+    _, picture = learn_step.drawn(stage(lesson, step), scene(step, value=text))
     assert "needs a number" in picture
     assert "<script" not in picture
     assert "<img" not in picture
@@ -183,7 +184,7 @@ def test_an_edited_cell_stays_and_can_be_reset() -> None:
     assert 'value="-9.5"' in picture
     state, *_ = answered("matrix", "outliers", "reset", state=state)
     lesson, step = step_of("matrix", "absmax")
-    again = learn.drawn(stage(lesson, step), scene(step, state=state))[1]
+    again = learn_step.drawn(stage(lesson, step), scene(step, state=state))[1]
     assert f'value="{x[1][2]!r}"' in again
     assert 'value="-9.5"' not in again
 
@@ -195,7 +196,7 @@ def test_a_moved_variant_stays_moved_and_is_scored() -> None:
     shown = re.findall(r'data-variant="([^"]+)"', picture)
     assert shown == state["order"]
     lesson, step = step_of("quiz", "reveal")
-    _, revealed, _ = learn.drawn(stage(lesson, step), scene(step, state=state))
+    _, revealed, _ = learn_step.drawn(stage(lesson, step), scene(step, state=state))
     score = quiz.score(records.shipped()[0], state["order"])
     assert f"{score.right} / {score.pairs}" in revealed
     state, *_ = answered("quiz", "predict", f"up:{HOSTILE}")
@@ -207,7 +208,9 @@ def test_a_layer_that_is_too_narrow_is_said() -> None:
     for name in ("q4_0", "q4_k", "beside"):
         lesson, step = step_of("superblock", name)
         values = {control.name: control.value for control in step.controls}
-        _, picture, plot = learn.drawn(stage(lesson, step), Scene(Client(), narrow, values, {}))
+        _, picture, plot = learn_step.drawn(
+            stage(lesson, step), Scene(Client(), narrow, values, {})
+        )
         assert "choose a wider linear" in picture
         assert plot is None
 
@@ -217,7 +220,7 @@ def test_steps_take_any_models_slices(lesson: Lesson, step: Step) -> None:
     """Few rows, few channels: every picture but that of super-blocks can be drawn."""
     values = {control.name: control.value for control in step.controls}
     small = material.random(rows=8, columns=64, tokens=32)
-    _, picture, *_ = learn.drawn(stage(lesson, step), Scene(Client(), small, values, {}))
+    _, picture, *_ = learn_step.drawn(stage(lesson, step), Scene(Client(), small, values, {}))
     assert ("ql-message-error" in picture) == (lesson.name == "superblock")
 
 

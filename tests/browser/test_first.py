@@ -164,7 +164,7 @@ def test_programs_may_call_what_is_stateless_and_nothing_else(fresh: App) -> Non
             default = taken[one["parameter_name"]].default
             assert one["parameter_has_default"] is (default is not inspect.Parameter.empty)
     found = {one["format"]: one for one in asked(fresh, "run/number_formats", -1.5)}
-    assert found["FP16"]["bits"] == "1" + "01111" + "1000000000"
+    assert found["fp16"]["bits"] == "1" + "01111" + "1000000000"
     # 3 bits, absmax: the step is 3 / 3, and 0.4 becomes 0.
     rounded = asked(fresh, "run/rounding_error", [3.0, 0.4, -2.0], 3, 3, 1)
     assert rounded["rounded"] == [3.0, 0.0, -2.0]
@@ -178,7 +178,9 @@ def test_programs_may_call_what_is_stateless_and_nothing_else(fresh: App) -> Non
     for name, function in FUNCTIONS.items():
         properties = tools[name]["inputSchema"]["properties"]
         assert set(properties) == set(inspect.signature(function).parameters)
-        assert all(one["type"] and one["description"] for one in properties.values())
+        for one in properties.values():
+            assert one.get("type") or one.get("enum")
+            assert one["description"]
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
 

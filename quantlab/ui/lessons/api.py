@@ -102,7 +102,7 @@ def _told(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return compute()
     except QuantLabError as error:
-        raise gr.Error(str(error)) from None
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def _row(name: str, values: list[float]) -> list[float]:
