@@ -3,7 +3,6 @@ and what is typed or was generated, which never runs."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import inspect
 import json
@@ -181,19 +180,15 @@ def test_programs_may_call_what_is_stateless_and_nothing_else(fresh: App) -> Non
         for one in properties.values():
             assert one.get("type") or one.get("enum")
             assert one["description"]
-    from mcp import ClientSession
-    from mcp.client.streamable_http import streamablehttp_client
-
-    async def call() -> str:
-        async with (
-            streamablehttp_client(fresh.url + "gradio_api/mcp/") as (reads, writes, _),
-            ClientSession(reads, writes) as session,
-        ):
-            await session.initialize()
-            answer = await session.call_tool("number_formats", {"value": -1.5})
-            return str(answer.content[0])
-
-    assert "1011111000000000" in asyncio.run(call())
+    arguments = {"name": "number_formats", "arguments": {"value": -1.5}}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": arguments}
+    request = urllib.request.Request(
+        fresh.url + "gradio_api/mcp/",
+        json.dumps(message).encode(),
+        {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert "1011111000000000" in answer.read().decode()
 
 
 def hostile_run(app: App) -> str:
