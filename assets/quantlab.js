@@ -38,7 +38,13 @@
   });
 
   // Tell the server when the theme or the language changes while the page is open.
+  // And once the page has arrived, when its address names a lesson.
   function watchClient(trigger) {
+    const arrived = () => {
+      if (document.querySelector("#header [data-run]")) trigger("linked", client());
+      else setTimeout(arrived, 50);
+    };
+    if (client().lesson) arrived();
     let last = JSON.stringify([dark(), language()]);
     const look = () => {
       const now = JSON.stringify([dark(), language()]);

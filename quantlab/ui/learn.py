@@ -21,7 +21,7 @@ from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson
 from quantlab.ui.lessons.source import Source, build_source, origin_html
 from quantlab.ui.messages import error_message
-from quantlab.ui.shared import BUSY, QUIET, Shared, html
+from quantlab.ui.shared import QUIET, Shared, html
 
 FIRST = next(iter(LESSONS))
 MOVING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
@@ -86,8 +86,10 @@ class Learn:
             **dict(zip(stage.outputs, made, strict=True)),
         }
 
-    def arrive(self, event: Any, tabs: Any) -> None:
-        """When the page is opened by a link to a step, show it."""
+    def arrive(self, linked: Any, tabs: Any) -> None:
+        """After the event `linked`, which comes when the page was opened by a link to a step, show
+        it. Else a step is drawn when the tab is opened: nothing of Learn is computed, nor are its
+        many components told anything, for those who do not open it."""
         outputs = [tabs, self.where, *self.columns.values(), *self.walks.values()]
 
         def find(client: Client) -> list[Any]:
@@ -102,10 +104,7 @@ class Learn:
             ]
             return [gr.Tabs(selected="learn"), where, *visible(client.lesson), *walks]
 
-        event.then(find, self.shared.client, outputs, **BUSY)
-        # Changes only where the page was opened by such a link; else the step is drawn when the tab
-        # is opened, and nothing of Learn is computed for those who do not open it.
-        self.redraw(self.where.change(lambda: None, **QUIET))
+        self.redraw(linked(find, self.shared.client, outputs, **QUIET))
 
 
 def build(shared: Shared) -> Learn:

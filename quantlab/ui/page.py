@@ -24,7 +24,7 @@ def build() -> gr.Blocks:
         shared = Shared(gr.State(Client()), gr.State(""), gr.State({}))
         pieces: dict[str, Any] = {"timer": gr.Timer(SLOW)}
         told = gr.Textbox(visible="hidden", elem_id="client", container=False)
-        probe = html("probe", "quantlab.watchClient(trigger)", events=("client",))
+        probe = html("probe", "quantlab.watchClient(trigger)", events=("client", "linked"))
         with gr.Row(elem_id="frame", equal_height=False):
             pieces["header"] = html("header", "quantlab.followRun(element, watch)", scale=1)
             language = gr.Dropdown(
@@ -99,7 +99,7 @@ def build() -> gr.Blocks:
         )
         language.input(None, language, None, js="(code) => window.quantlab.setLanguage(code)")
         pieces["timer"].tick(tick, watched, shown, **QUIET)
-        learn_tab.arrive(arrived, tabs)
+        learn_tab.arrive(probe.linked, tabs)
         for event in [told_anew, learn_page.select(lambda: None, **QUIET)]:
             learn_tab.redraw(event)
         for ask in (advisor_page.select, told_anew.then):

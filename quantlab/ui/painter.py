@@ -22,7 +22,7 @@ from quantlab.ui.messages import error_message
 from quantlab.ui.services import Services, environment, services
 from quantlab.ui.shared import WANTED
 
-FAST, SLOW = 0.5, 2.0
+FAST, SLOW = 0.5, 4.0
 """Seconds between two looks while something goes on, and while nothing does."""
 
 ANSWERS = 12
