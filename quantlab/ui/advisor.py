@@ -195,8 +195,7 @@ def advise(
         use: what it is for; decides the precision that is recommended.
 
     Returns:
-        `choice` (a variant, or null), and for every variant bytes of weights, KV cache and in
-        total, whether it fits, and an upper bound of tokens a second.
+        `choice` (or null), and for each variant its bytes, whether it fits, and tokens/s at most.
     """
     try:
         shape = advisor.guess(parameters) if parameters else _known(model)

@@ -27,8 +27,7 @@ def number_formats(value: float) -> list[dict[str, Any]]:
         value: the number; it is rounded to the nearest that each format has.
 
     Returns:
-        for each format its name, its bits (the most significant first), the widths of sign,
-        exponent and mantissa, and the number that the bits spell as text.
+        for each format its name, bits (highest first), widths of the fields, and value as text.
     """
     return [
         {
@@ -70,8 +69,7 @@ def rounding_error(
         outlier_times: the largest weight is first made so many times as large.
 
     Returns:
-        the rounded weights, the step of each weight, and the root mean square error of all but the
-        largest.
+        the rounded weights, the step of each, and the RMS error of all but the largest.
     """
     return _told(lambda: _rounding(weights, bits, group_size, outlier_times))
 
@@ -84,8 +82,7 @@ def gguf_block(weights: list[float], kind: str = "q4_k") -> dict[str, Any]:
         kind: q4_0 or q4_k.
 
     Returns:
-        the bytes in hexadecimal, the field each belongs to, the codes, the decoded weights, and
-        the block's own factors.
+        bytes in hexadecimal, the field of each, codes, decoded weights, and the block's own factors.
     """
     return _told(lambda: _block(weights, kind))
 
