@@ -82,7 +82,7 @@ def gguf_block(weights: list[float], kind: str = "q4_k") -> dict[str, Any]:
         kind: q4_0 or q4_k.
 
     Returns:
-        bytes in hexadecimal, the field of each, codes, decoded weights, and the block's own factors.
+        bytes in hexadecimal, the field of each, codes, decoded weights, and the block's factors.
     """
     return _told(lambda: _block(weights, kind))
 
