@@ -37,6 +37,7 @@ def test_the_page_speaks_mcp_where_it_can_and_starts_where_not(
     queue = SimpleNamespace(sleep_when_free=0.001, progress_update_sleep_when_free=0.01)
     demo = SimpleNamespace(_queue=queue, launch=lambda **options: given.update(options))
     monkeypatch.setattr(server, "services", lambda: None)
+    monkeypatch.setattr(server, "paint", lambda *_, **__: None)
     monkeypatch.setattr(server, "find_spec", lambda name: name if there else None)
     server.launch(cast(gr.Blocks, demo), [])
     assert given["mcp_server"] is there
