@@ -12,7 +12,7 @@ from gradio.components.plot import PlotData
 
 from quantlab.errors import JobError, QuantLabError
 from quantlab.jobs import JobView
-from quantlab.plots import FIGURES, autopsy, figures, tokens
+from quantlab.plots import FIGURES, autopsy, figures, pairs, tokens
 from quantlab.plots.templates import render
 from quantlab.runs import ACTIVE
 from quantlab.ui import blind, views
@@ -132,5 +132,7 @@ def _paint_judging(painting: Painting, client: Client, view: JobView | None) -> 
     painting.put("tokens", mark, lambda: tokens.view(records, client.language))
     painting.put("blind", mark, lambda: blind.start(client, view.run.id if view else ""))
     settled = (mark, [record.variant for record in records])
+    painting.put("pairs_section", mark, lambda: gr.Accordion(visible=bool(pairs.pairs(records))))
+    painting.put("pairs", mark, lambda: pairs.box(records, client.language))
     for piece in ("autopsy", "answers_autopsy"):
         painting.put(piece, settled, lambda: autopsy.box(records, client.language))
