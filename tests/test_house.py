@@ -66,6 +66,8 @@ export < prepared < foreign < variants < delivery < pipeline
 methods < foreign
 variants < interleave < pipeline
 answers < interleave
+answers < forks < ui
+store < forks
 metrics < plots
 store < report
 pipeline < bench < cli

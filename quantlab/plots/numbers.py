@@ -40,7 +40,7 @@ def plus_minus(interval: tuple[float, float] | None, like: str) -> str:
 
 
 def difference(mean: float, low: float, high: float) -> str:
-    """A difference and half its interval's width, both to two digits of that width: `0.040 ± 0.010`.
+    """A difference and half its interval's width, to two digits of that width: `0.040 ± 0.010`.
 
     Seven decimals at most; a minus that is none (`-0.000`) is left out."""
     half = (high - low) / 2

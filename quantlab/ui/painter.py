@@ -15,7 +15,7 @@ from quantlab.jobs import JobView
 from quantlab.plots import FIGURES, autopsy, figures, pairs, tokens
 from quantlab.plots.templates import render
 from quantlab.runs import ACTIVE
-from quantlab.ui import blind, views
+from quantlab.ui import blind, forks, views
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message
 from quantlab.ui.services import Services, environment, services
@@ -45,18 +45,18 @@ class Painting:
         self.put(piece, value, value)
 
 
-def paint(client: Client, run_id: str, painted: Mapping[str, str]) -> Painting:
+def paint(client: Client, run_id: str, painted: Mapping[str, str], fork: str = "") -> Painting:
     """The page as it should look for this run. Errors of the store become the progress line."""
     painting = Painting(dict(painted))
     painting.html("variants_title", render("variants_title.html", client.language))
     try:
-        _paint(painting, client, run_id, services())
+        _paint(painting, client, run_id, services(), fork)
     except QuantLabError as error:
         painting.html("progress", error_message(error, client.language))
     return painting
 
 
-def _paint(painting: Painting, client: Client, run_id: str, at: Services) -> None:
+def _paint(painting: Painting, client: Client, run_id: str, at: Services, fork: str) -> None:
     view = _view(at, run_id)
     history = at.history()
     busy = at.queue.active() is not None or bool(at.queue.waiting())
@@ -80,6 +80,7 @@ def _paint(painting: Painting, client: Client, run_id: str, at: Services) -> Non
     painting.put("cancel", active, gr.Button(visible=active))
     _paint_figures(painting, client, view)
     _paint_answers(painting, client, view, at)
+    painting.html("forks", forks.page(client, view, at, fork))
     _paint_judging(painting, client, view)
 
 

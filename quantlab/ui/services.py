@@ -47,9 +47,18 @@ class Services:
                 self._mark = mark
             return self._history
 
+    def answers(self, run_id: str, *, forced: bool = False) -> list[Run]:
+        """The runs that answered further prompts for a comparison, newest first; those with
+        `forced` tokens are apart, as nobody would have answered so unforced."""
+        return [
+            run
+            for run in self.history()
+            if run.kind == "answer" and run.parent == run_id and bool(run.spec.forced) == forced
+        ]
+
     def answers_to(self, run_id: str) -> list[str]:
         """Ids of the runs that answered further prompts for a comparison, newest first."""
-        return [r.id for r in self.history() if r.kind == "answer" and r.parent == run_id]
+        return [run.id for run in self.answers(run_id)]
 
     def first_in_view(self, wanted: str) -> str:
         """The run a fresh page shows: the one its address names, else what runs, else the newest.
