@@ -68,6 +68,8 @@ variants < interleave < pipeline
 answers < interleave
 answers < forks < ui
 store < forks
+jobs < labs < plots
+results < labs
 metrics < plots
 store < report
 pipeline < bench < cli

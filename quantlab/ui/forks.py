@@ -177,7 +177,7 @@ def _link(link: forks.Link, original: Generation, say: Words) -> dict[str, Any]:
             _branch(say("tokens_original"), original, link.at, True),
             _branch(say("forks_variant"), link.answer, link.at, False),
         ],
-        "flip": tokens.flip(ours, theirs) if ours and theirs else "",
+        "flip": tokens.flip(_chances(ours), _chances(theirs)) if ours and theirs else "",
         "tops": [_tops(ours), _tops(theirs)] if ours and theirs else [],
     }
 
@@ -205,6 +205,10 @@ def _token(answer: Generation, at: int) -> tuple[str, int]:
 
 def _tops(top: Sequence[Choice]) -> list[dict[str, str]]:
     return [{"text": visible(text), "share": f"{100 * chance:.1f}"} for _, chance, text in top]
+
+
+def _chances(top: Sequence[Choice]) -> list[tuple[int, float]]:
+    return [(token, chance) for token, chance, _ in top]
 
 
 def _pending(run: Run | None, at: Services, client: Client) -> dict[str, Any] | None:

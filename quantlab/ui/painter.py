@@ -15,7 +15,7 @@ from quantlab.jobs import JobView
 from quantlab.plots import FIGURES, autopsy, figures, pairs, tokens
 from quantlab.plots.templates import render
 from quantlab.runs import ACTIVE
-from quantlab.ui import blind, forks, views
+from quantlab.ui import blind, calibration_lab, forks, views
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message
 from quantlab.ui.services import Services, environment, services
@@ -36,13 +36,20 @@ class Painting:
 
     def put(self, piece: str, mark: object, value: Any) -> None:
         """Show `value` unless the piece already carries this mark; `value` may be a function."""
-        text = hashlib.sha256(repr(mark).encode()).hexdigest()[:16]
-        if self.marks.get(piece) != text:
-            self.marks[piece] = text
+        if not self.same(piece, mark):
+            self.marks[piece] = _fingerprint(mark)
             self.changed[piece] = value() if callable(value) else value
+
+    def same(self, piece: str, mark: object) -> bool:
+        """Whether the piece already carries this mark."""
+        return self.marks.get(piece) == _fingerprint(mark)
 
     def html(self, piece: str, value: str) -> None:
         self.put(piece, value, value)
+
+
+def _fingerprint(mark: object) -> str:
+    return hashlib.sha256(repr(mark).encode()).hexdigest()[:16]
 
 
 def paint(client: Client, run_id: str, painted: Mapping[str, str], fork: str = "") -> Painting:
@@ -82,6 +89,7 @@ def _paint(painting: Painting, client: Client, run_id: str, at: Services, fork: 
     _paint_answers(painting, client, view, at)
     painting.html("forks", forks.page(client, view, at, fork))
     _paint_judging(painting, client, view)
+    calibration_lab.repaint(painting, client, at)
 
 
 def _view(at: Services, run_id: str) -> JobView | None:

@@ -69,9 +69,9 @@ class Services:
         if wanted and self.known(wanted):
             return self.comparison_of(wanted)
         active = self.queue.active()
-        if active is not None:
+        if active is not None and self.store.run_head(active).kind != "lab":
             return self.comparison_of(active)
-        waiting = [run for run in known if run.status in ACTIVE]
+        waiting = [run for run in known if run.status in ACTIVE and run.kind != "lab"]
         if waiting:
             return self.comparison_of(waiting[-1].id)
         return next((run.id for run in known if run.kind == "compare"), "")
