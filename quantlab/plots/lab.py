@@ -77,7 +77,8 @@ def figure(cells: Sequence[Cell], dark: bool = False, language: str | None = Non
         tickvals=list(range(len(across))),
         ticktext=ticks_across,
         side="top",
-        title=say("lab_evaluated"),
+        title_text=say("lab_evaluated"),
+        title_standoff=6,
         range=[-0.5, len(across) - 0.5],
         showgrid=False,
     )
@@ -88,7 +89,7 @@ def figure(cells: Sequence[Cell], dark: bool = False, language: str | None = Non
         showgrid=False,
     )
     made.update_layout(
-        height=LEAST_PIXELS + ROW_PIXELS * len(down), margin={"l": 56, "r": 12, "t": 110, "b": 12}
+        height=LEAST_PIXELS + ROW_PIXELS * len(down), margin={"l": 56, "r": 12, "t": 104, "b": 12}
     )
     return made
 

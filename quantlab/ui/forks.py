@@ -142,7 +142,8 @@ def _chain(
     same = len(chain.links[-1].answer.tokens) if own is None else own
     summary = say("forks_same", total=total) if own is None and not forced else ""
     if not summary:
-        summary = say("forks_summary", same=min(same, total), total=total, forced=forced)
+        key = "forks_summary" if forced else "forks_part"
+        summary = say(key, same=min(same, total), total=total, forced=forced)
     place = chain.next_forced()
     pending = _pending(chain.pending, at, client)
     return {
