@@ -5,69 +5,102 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from quantlab.engine import TokenStreamer, encode_prompt, end_tokens
-from quantlab.metrics.reading import token_ids
+from torch import Tensor
+
+from quantlab.engine import Choose, TokenStreamer, encode_prompt, end_tokens, greedy
+from quantlab.metrics.reading import most_likely, token_ids
 from quantlab.metrics.speed import Decoder
 from quantlab.results import ResultRecord
-from quantlab.types import Emit, Generation, OutputDelta, Progress
+from quantlab.types import Choice, Emit, Generation, OutputDelta, Progress
+
+
+@dataclass
+class Witness:
+    """A greedy choice that remembers what it chose from: `rows` of [token, probability]."""
+
+    rows: list[list[list[float]]] = field(default_factory=list)
+
+    def __call__(self, logits: Tensor) -> int:
+        """logits: float32 [vocabulary]"""
+        self.rows += most_likely(logits[None])
+        return greedy(logits)
 
 
 def answer_prompts(
-    session: Callable[[], Decoder],
+    session: Callable[[Choose], Decoder],
     tokenizer: Any,
     prompts: Sequence[str],
     max_new_tokens: int,
     label: str,
     emit: Emit,
 ) -> tuple[Generation, ...]:
-    """Greedy answers to every prompt, each piece emitted as it is decoded."""
+    """Answers to every prompt, each piece emitted as it is decoded; greedy, where `session` takes
+    the choice it is given."""
     answers = []
     for index, prompt in enumerate(prompts):
         emit(Progress(label, "answers", index, len(prompts), 0.0))
-        answering = Answering(session(), tokenizer, prompt, index, max_new_tokens, label, emit)
+        answering = Answering(session, tokenizer, prompt, index, max_new_tokens, label, emit)
         answers.append(next(done for done in answering.steps() if done is not None))
     return tuple(answers)
 
 
 @dataclass
 class Answering:
-    """One greedy answer in the making; `index` is the prompt's place among the prompts."""
+    """One answer in the making; `index` is the prompt's place among the prompts.
 
-    decoder: Decoder
+    It begins with the tokens `forced`, whatever the decoder prefers, as if it had chosen them.
+    """
+
+    session: Callable[[Choose], Decoder]
     tokenizer: Any
     prompt: str
     index: int
     max_new_tokens: int
     label: str
     emit: Emit
+    forced: Sequence[int] = ()
 
     def steps(self) -> Iterator[Generation | None]:
         """None after every token, the whole answer at the end."""
+        witness = Witness()
+        decoder = self.session(witness)
         streamer, stops = TokenStreamer(self.tokenizer), end_tokens(None, self.tokenizer)
         tokens: list[int] = []
         pieces: list[str] = []
         prompt = encode_prompt(self.tokenizer, self.prompt)
-        limit, context = self.max_new_tokens, getattr(self.decoder, "context", None)
+        limit, context = self.max_new_tokens, getattr(decoder, "context", None)
         if context is not None:
             # The last token is chosen without being read.
             limit = min(limit, context - len(prompt) + 1)
-        token = self.decoder.prefill(prompt)
-        while token not in stops:
+        token = decoder.prefill(prompt)
+        while True:
+            # Forced tokens are read one by one too: read at once, they would be summed in another
+            # order, and the variant would not say again what it said before.
+            if len(tokens) < len(self.forced):
+                token = self.forced[len(tokens)]
+            if token in stops:
+                break
             tokens.append(token)
             pieces.append(streamer.push(token))
             self._tell(pieces[-1])
             if len(tokens) >= limit:
                 break
             yield None
-            token = self.decoder.step(token)
+            token = decoder.step(token)
         rest = streamer.finish()
         if rest and pieces:
             pieces[-1] += rest
             self._tell(rest)
-        yield Generation(self.prompt, "".join(pieces), tuple(tokens), tuple(pieces))
+        yield Generation(
+            self.prompt,
+            "".join(pieces),
+            tuple(tokens),
+            tuple(pieces),
+            choices=choices(witness.rows, self.tokenizer),
+        )
 
     def _tell(self, text: str) -> None:
         if text:
@@ -113,6 +146,17 @@ def spelled(reading: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     text[-1] += streamer.finish()
     pieces = {str(token): _alone(token, tokenizer) for token in sorted(token_ids(reading))}
     return {**reading, "text": text, "pieces": pieces}
+
+
+def choices(
+    rows: Sequence[Sequence[Sequence[float]]], tokenizer: Any
+) -> tuple[tuple[Choice, ...], ...]:
+    """What a witness saw, with the text of each token."""
+    known = {int(token) for row in rows for token, _ in row}
+    texts = {token: _alone(token, tokenizer) for token in known}
+    return tuple(
+        tuple((int(token), chance, texts[int(token)]) for token, chance in row) for row in rows
+    )
 
 
 def _alone(token: int, tokenizer: Any) -> str:

@@ -51,6 +51,17 @@ MIGRATIONS = (
         winner TEXT, at REAL NOT NULL) STRICT;
     CREATE INDEX votes_of_run ON votes (run_id, seq);
     """,
+    """
+    CREATE TABLE labs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, plan TEXT NOT NULL,
+        created REAL NOT NULL) STRICT;
+    CREATE TABLE lab_runs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        lab_id TEXT NOT NULL REFERENCES labs (id) ON DELETE CASCADE,
+        run_id TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
+        UNIQUE (lab_id, run_id)) STRICT;
+    CREATE INDEX labs_of_run ON lab_runs (run_id);
+    """,
 )
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")

@@ -58,7 +58,14 @@ def answer_together(
             # llama.cpp keeps one sequence an engine, so prompts go one after the other.
             running = {
                 label: Answering(
-                    runner.session(), tokenizer, prompt, index, spec.max_new_tokens, label, emit
+                    runner.session,
+                    tokenizer,
+                    prompt,
+                    index,
+                    spec.max_new_tokens,
+                    label,
+                    emit,
+                    spec.forced,
                 ).steps()
                 for label, runner in opened.items()
             }

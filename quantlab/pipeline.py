@@ -436,7 +436,7 @@ def generate(
     try:
         return list(
             answer_prompts(
-                lambda: runner.session(sampler),
+                lambda _: runner.session(sampler),
                 tokenizer,
                 spec.prompts,
                 spec.max_new_tokens,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from quantlab.plots import FIGURES, figures, fragments, numbers
+from quantlab.plots import FIGURES, figures, fragments, numbers, pairs
 from quantlab.plots.templates import render
 from quantlab.plots.words import Words, words
 from quantlab.results import ResultRecord, document
@@ -143,6 +143,7 @@ def to_html(run: Run, language: str | None = None) -> str:
         when=time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created)),
         table=Markup(fragments.results_table(run.records, language=language)),
         verdict=Markup(fragments.verdict_box(run.records, language=language)),
+        pairs=Markup(pairs.box(run.records, language)),
         answers=Markup(_answers(run, say)),
         figures=drawn,
         data=Markup(_script_json(data)),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from quantlab.results import ResultRecord
 from quantlab.types import RunSpec, Status, VariantSpec
 
-Kind = Literal["compare", "answer"]
+Kind = Literal["compare", "answer", "lab"]
 RunStatus = Literal["queued", "running", "finished", "failed", "cancelled"]
 
 ACTIVE = ("queued", "running")
@@ -21,7 +21,8 @@ COLUMNS = "id, kind, spec, status, error, created, started, ended, environment, 
 
 @dataclass(frozen=True)
 class Run:
-    """One comparison, or one round of answers to new prompts with the comparison as `parent`.
+    """One comparison, or one round of answers to new prompts with the comparison as `parent`; a
+    comparison of kind 'lab' is one pair of texts in the calibration lab (`quantlab.labs`).
 
     Times are seconds since the epoch. `records` are in the order of `spec.variants`.
     """

@@ -63,7 +63,8 @@ class RunSpec:
     `calibration` and `text` are a name (`project`, `self`, `wikitext2`, `c4`) or the path of a text
     file. `window` is the length in tokens of one evaluation window; windows do not overlap.
     `group_size` applies to every variant whose method has groups and that names none itself.
-    `threads` 0 means one for each physical core.
+    `threads` 0 means one for each physical core. `forced` are tokens that answers begin with,
+    whatever the model prefers (see `quantlab.forks`); they count among `max_new_tokens`.
     """
 
     model: str = "bundled"
@@ -82,11 +83,13 @@ class RunSpec:
     seed: int = 0
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    forced: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["variants"] = [variant.to_json() for variant in self.variants]
         data["prompts"] = list(self.prompts)
+        data["forced"] = list(self.forced)
         return data
 
     @classmethod
@@ -94,6 +97,7 @@ class RunSpec:
         values = dict(data)
         values["variants"] = tuple(VariantSpec.from_json(v) for v in values["variants"])
         values["prompts"] = tuple(values["prompts"])
+        values["forced"] = tuple(values.get("forced", ()))
         return cls(**values)
 
     def dumps(self) -> str:
@@ -156,13 +160,20 @@ def ignore(event: Event) -> None:
     """An `Emit` for callers that want no events."""
 
 
+Choice = tuple[int, float, str]
+"""A token that a model could have said: its id, its probability, its text by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One answer: the prompt, the generated text and token ids, and where it left the original.
 
     `first_divergence` is the index of the first generated token that differs from the unquantized
     model's greedy answer, None where there is no difference or nothing to compare with.
-    `pieces` is the text of each token, so that a page can colour them one by one.
+    `pieces` is the text of each token, so that a page can colour them one by one. `choices` holds
+    the likeliest tokens at each place, likeliest first, with one place more than tokens where the
+    model ended the answer itself; empty for answers that were sampled, or written before it was
+    kept.
     """
 
     prompt: str
@@ -170,6 +181,7 @@ class Generation:
     tokens: tuple[int, ...]
     pieces: tuple[str, ...]
     first_divergence: int | None = None
+    choices: tuple[tuple[Choice, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -178,6 +190,7 @@ class Generation:
             "tokens": list(self.tokens),
             "pieces": list(self.pieces),
             "first_divergence": self.first_divergence,
+            "choices": [[list(choice) for choice in place] for place in self.choices],
         }
 
     @classmethod
@@ -188,6 +201,10 @@ class Generation:
             tuple(data["tokens"]),
             tuple(data["pieces"]),
             data["first_divergence"],
+            tuple(
+                tuple((token, chance, text) for token, chance, text in place)
+                for place in data.get("choices", ())
+            ),
         )
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quantlab.answers import Answering, answer_prompts, first_difference, mark_divergence, spelled
-from quantlab.engine import Session, encode_prompt, generate
+from quantlab.engine import Choose, Session, encode_prompt, generate
 from quantlab.results import ResultRecord
 from quantlab.types import Event, Generation, OutputDelta, Progress
 from tests.tiny import CONTEXT, EOS, FEW, VOCABULARY, tiny, tokenizer
@@ -47,7 +47,9 @@ def spoken(text: str) -> list[int]:
 def answer(tokens: Sequence[int], limit: int = 100) -> tuple[Generation, list[Event], Script]:
     events: list[Event] = []
     script = Script(tokens)
-    (found,) = answer_prompts(lambda: script, tokenizer(), ["Why?"], limit, "rtn:4", events.append)
+    (found,) = answer_prompts(
+        lambda choose: script, tokenizer(), ["Why?"], limit, "rtn:4", events.append
+    )
     return found, events, script
 
 
@@ -115,7 +117,7 @@ def test_prompts_are_answered_in_order_each_from_the_start() -> None:
     events: list[Event] = []
     opened: list[Script] = []
 
-    def session() -> Script:
+    def session(choose: Choose) -> Script:
         opened.append(Script([*spoken(f"Answer {len(opened)}."), EOS]))
         return opened[-1]
 
@@ -131,7 +133,9 @@ def test_prompts_are_answered_in_order_each_from_the_start() -> None:
 def test_steps_give_way_after_every_token() -> None:
     """So that several variants can answer in turn."""
     said = spoken("Because.")
-    answering = Answering(Script([*said, EOS]), tokenizer(), "Why?", 0, 50, "x", lambda event: None)
+    answering = Answering(
+        lambda _: Script([*said, EOS]), tokenizer(), "Why?", 0, 50, "x", lambda event: None
+    )
     steps = list(answering.steps())
     assert steps[:-1] == [None] * len(said)
     assert isinstance(steps[-1], Generation)
@@ -142,7 +146,12 @@ def test_a_real_model_answers_as_it_generates(name: str) -> None:
     model = tiny(name)
     prompt = "The river carried timber"
     (found,) = answer_prompts(
-        lambda: Session(model.module), model.tokenizer, [prompt], 12, "bf16", lambda event: None
+        lambda choose: Session(model.module, choose),
+        model.tokenizer,
+        [prompt],
+        12,
+        "bf16",
+        lambda event: None,
     )
     wanted = generate(
         model.module, encode_prompt(model.tokenizer, prompt), max_new_tokens=12, eos_ids=[EOS]
@@ -160,7 +169,12 @@ def test_an_answer_ends_with_the_context(name: str) -> None:
     model.tokenizer = copy.copy(model.tokenizer)
     model.tokenizer.eos_token = None  # only the context ends it
     (found,) = answer_prompts(
-        lambda: Session(model.module), model.tokenizer, [prompt], 60, "bf16", lambda event: None
+        lambda choose: Session(model.module, choose),
+        model.tokenizer,
+        [prompt],
+        60,
+        "bf16",
+        lambda event: None,
     )
     assert len(found.tokens) == CONTEXT - read + 1
 

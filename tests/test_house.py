@@ -66,6 +66,10 @@ export < prepared < foreign < variants < delivery < pipeline
 methods < foreign
 variants < interleave < pipeline
 answers < interleave
+answers < forks < ui
+store < forks
+jobs < labs < plots
+results < labs
 metrics < plots
 store < report
 store < precomputed < ui

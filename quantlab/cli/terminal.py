@@ -166,11 +166,17 @@ def print_results(records: Sequence[ResultRecord]) -> None:
 
 
 def print_verdict(records: Sequence[ResultRecord]) -> None:
-    """What the intervals allow to be said, one sentence a line."""
-    from quantlab.plots.verdict import sentences
+    """What the intervals allow to be said, one sentence a line; then of every pair."""
+    from quantlab.plots import pairs, verdict
+    from quantlab.plots.words import words
 
-    for sentence in sentences(records):
+    for sentence in verdict.sentences(records):
         print(sentence)
+    said = pairs.sentences(records)
+    if said:
+        print(f"\n{words()('pairs')}:")
+    for sentence in said:
+        print(f"  {sentence}")
 
 
 def print_outputs(records: Sequence[ResultRecord], prompts: Sequence[str]) -> None:

@@ -248,7 +248,7 @@ def pieces(output: Generation, reference: Sequence[str], say: Words) -> list[dic
     if first is None or not output.pieces:
         return [{"kind": "shared", "text": output.text.lstrip(" "), "tip": ""}]
     tip = (
-        say("answer_first", token=first + 1, original=_visible(reference[first]))
+        say("answer_first", token=first + 1, original=visible(reference[first]))
         if first < len(reference)
         else say("answer_first_end", token=first + 1)
     )
@@ -268,7 +268,7 @@ def pieces(output: Generation, reference: Sequence[str], say: Words) -> list[dic
     return cut
 
 
-def _visible(piece: str) -> str:
+def visible(piece: str) -> str:
     """A token as a person can see it, its white space too."""
     return piece.replace("\n", "⏎").replace(" ", "␣") or "∎"
 

@@ -39,6 +39,20 @@ def plus_minus(interval: tuple[float, float] | None, like: str) -> str:
     return f"± {half:.{decimals}f}" if decimals is not None else f"± {half:.2e}"
 
 
+def difference(mean: float, low: float, high: float) -> str:
+    """A difference and half its interval's width, to two digits of that width: `0.040 ± 0.010`.
+
+    Seven decimals at most; a minus that is none (`-0.000`) is left out."""
+    half = (high - low) / 2
+    if not (math.isfinite(mean) and math.isfinite(half)):
+        return NOTHING
+    decimals = min(7, max(0, 1 - math.floor(math.log10(half)))) if half > 0 else 4
+    text = f"{mean:.{decimals}f}"
+    if not float(text):
+        text = text.removeprefix("-")
+    return f"{text} ± {half:.{decimals}f}"
+
+
 def megabytes(value: float | None) -> str:
     """Megabytes of 10^6 bytes, without decimals above 10."""
     if value is None:

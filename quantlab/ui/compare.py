@@ -211,6 +211,9 @@ def _results(tab: Compare) -> None:
         "queue", "quantlab.forward(element, trigger, ['show', 'cancel'])", events=("show", "cancel")
     )
     tab.pieces["verdict"] = html("verdict")
+    with gr.Accordion(i18n("pairs"), open=False, visible=False, elem_id="pairs-section") as section:
+        tab.pieces["pairs_section"] = section
+        tab.pieces["pairs"] = html("pairs")
     tab.pieces["table"] = html("results-table", "quantlab.table(element, watch)")
     tab.pieces["autopsy"] = html("autopsy")
     with gr.Column(visible=False, elem_id="figures") as figures:

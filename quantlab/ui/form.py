@@ -107,7 +107,7 @@ def spec_of(values: Mapping[str, Any], say: Words) -> RunSpec:
     Raises: ConfigError that names the field, for numbers that are missing or not whole and for
     variants that cannot be.
     """
-    numbers = {name: _whole(name, values[name], say) for name in NUMBERS}
+    numbers: dict[str, Any] = {name: whole(name, values[name], say) for name in NUMBERS}
     chosen = variants.specs(values["variants"], numbers["group_size"])
     if not chosen:
         raise ConfigError(f"methods: {say('error_no_variants')}")
@@ -124,7 +124,8 @@ def spec_of(values: Mapping[str, Any], say: Words) -> RunSpec:
     )
 
 
-def _whole(name: str, value: object, say: Words) -> int:
+def whole(name: str, value: object, say: Words) -> int:
+    """A number of the form as a whole one. Raises: ConfigError that names the field."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
         raise ConfigError(f"{name}: {say('error_number', field=say(name))}")
     return int(value)

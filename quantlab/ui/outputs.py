@@ -1,5 +1,6 @@
 """The Outputs tab: every variant's answer to the same prompts, side by side, as it is generated;
-below them what the variants made of the evaluation text, token by token, and a blind test."""
+below them where they part and how they go on from there, what the variants made of the evaluation
+text, token by token, and a blind test."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from quantlab.errors import QuantLabError
-from quantlab.ui import blind, form
+from quantlab.ui import blind, calibration_lab, forks, form
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
 from quantlab.ui.services import services
@@ -56,9 +57,11 @@ def build(shared: Shared) -> Outputs:
     tab.pieces["answers_intro"] = html("answers-intro")
     tab.pieces["answers_autopsy"] = html("answers-autopsy")
     tab.pieces["answers"] = html("answers")
+    tab.pieces |= forks.build(shared)
     with gr.Accordion(i18n("tokens"), open=False, elem_id="tokens-section") as reading:
         tab.pieces["tokens"] = html("tokens", "quantlab.tokens(element, watch)")
     tab.pieces |= blind.build(shared)
+    tab.pieces |= calibration_lab.build(shared)
 
     asked = gr.on(
         [ask.click, prompt.submit],

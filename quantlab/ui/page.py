@@ -21,7 +21,7 @@ ARRIVE = "(told, saved) => [JSON.stringify(window.quantlab.client()), saved]"
 def build() -> gr.Blocks:
     """The page, ready for `server.launch`. Nothing is started or computed."""
     with gr.Blocks(title="QuantLab", fill_width=True, analytics_enabled=False) as demo:
-        shared = Shared(gr.State(Client()), gr.State(""), gr.State({}))
+        shared = Shared(gr.State(Client()), gr.State(""), gr.State({}), gr.State(""))
         pieces: dict[str, Any] = {"timer": gr.Timer(SLOW)}
         told = gr.Textbox(visible="hidden", elem_id="client", container=False)
         probe = html("probe", "quantlab.watchClient(trigger)", events=("client", "linked"))
@@ -54,8 +54,8 @@ def build() -> gr.Blocks:
         chosen = [compare_tab.chips, compare_tab.options]
         inputs = [compare_tab.inputs[name] for name in form.FIELDS]
 
-        def tick(client: Client, run_id: str, painted: dict[str, str]) -> dict[Any, Any]:
-            painting = paint(client, run_id, painted)
+        def tick(client: Client, run_id: str, painted: dict[str, str], fork: str) -> dict[Any, Any]:
+            painting = paint(client, run_id, painted, fork)
             changed = {pieces[name]: value for name, value in painting.changed.items()}
             return changed | {shared.painted: painting.marks}
 
@@ -75,7 +75,7 @@ def build() -> gr.Blocks:
                 **{pieces[name]: value for name, value in painting.changed.items()},
             }
 
-        watched = [shared.client, shared.run_id, shared.painted]
+        watched = [shared.client, shared.run_id, shared.painted, shared.fork]
         shown = [*pieces.values(), shared.painted]
         arrived = demo.load(
             arrive,

@@ -12,11 +12,11 @@ from gradio.components.plot import PlotData
 
 from quantlab.errors import JobError, QuantLabError
 from quantlab.jobs import JobView
-from quantlab.plots import FIGURES, autopsy, figures, tokens
+from quantlab.plots import FIGURES, autopsy, figures, pairs, tokens
 from quantlab.plots.templates import render
 from quantlab.results import ResultRecord
 from quantlab.runs import ACTIVE
-from quantlab.ui import blind, views
+from quantlab.ui import blind, calibration_lab, forks, views
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message
 from quantlab.ui.services import Services, environment, services
@@ -38,30 +38,44 @@ class Painting:
 
     def put(self, piece: str, mark: object, value: Any) -> None:
         """Show `value` unless the piece already carries this mark; `value` may be a function."""
-        text = hashlib.sha256(repr(mark).encode()).hexdigest()[:16]
-        if self.marks.get(piece) != text:
-            self.marks[piece] = text
+        if not self.same(piece, mark):
+            self.marks[piece] = _fingerprint(mark)
             self.changed[piece] = value() if callable(value) else value
+
+    def same(self, piece: str, mark: object) -> bool:
+        """Whether the piece already carries this mark."""
+        return self.marks.get(piece) == _fingerprint(mark)
 
     def html(self, piece: str, value: str) -> None:
         self.put(piece, value, value)
 
 
+def _fingerprint(mark: object) -> str:
+    return hashlib.sha256(repr(mark).encode()).hexdigest()[:16]
+
+
 def paint(
-    client: Client, run_id: str, painted: Mapping[str, str], *, first: bool = False
+    client: Client,
+    run_id: str,
+    painted: Mapping[str, str],
+    fork: str = "",
+    *,
+    first: bool = False,
 ) -> Painting:
     """The page as it should look for this run, the precomputed one for ''. `first` leaves out what
     can wait until the table is seen. Errors of the store become the progress line."""
     painting = Painting(dict(painted))
     painting.html("variants_title", render("variants_title.html", client.language))
     try:
-        _paint(painting, client, run_id, services(), first)
+        _paint(painting, client, run_id, services(), fork, first)
     except QuantLabError as error:
         painting.html("progress", error_message(error, client.language))
     return painting
 
 
-def _paint(painting: Painting, client: Client, run_id: str, at: Services, first: bool) -> None:
+def _paint(
+    painting: Painting, client: Client, run_id: str, at: Services, fork: str, first: bool
+) -> None:
     view = at.view(run_id)
     run_id = "" if view.run.shipped else view.run.id
     own = bool(run_id)
@@ -94,7 +108,9 @@ def _paint(painting: Painting, client: Client, run_id: str, at: Services, first:
         painting.put(piece, own, lambda kind=kind: kind(visible=own))
     _paint_figures(painting, client, view)
     _paint_answers(painting, client, view, at)
+    painting.html("forks", forks.page(client, view, at, fork))
     _paint_judging(painting, client, view)
+    calibration_lab.repaint(painting, client, at)
 
 
 def _answering(at: Services, run_id: str) -> JobView | None:
@@ -149,5 +165,7 @@ def _paint_judging(painting: Painting, client: Client, view: JobView) -> None:
     run_id = "" if view.run.shipped else view.run.id
     painting.put("blind", mark, lambda: blind.start(client, run_id))
     settled = (mark, [record.variant for record in records])
+    painting.put("pairs_section", mark, lambda: gr.Accordion(visible=bool(pairs.pairs(records))))
+    painting.put("pairs", mark, lambda: pairs.box(records, client.language))
     for piece in ("autopsy", "answers_autopsy"):
         painting.put(piece, settled, lambda: autopsy.box(records, client.language))

@@ -48,9 +48,18 @@ class Services:
                 self._mark = mark
             return self._history
 
+    def answers(self, run_id: str, *, forced: bool = False) -> list[Run]:
+        """The runs that answered further prompts for a comparison, newest first; those with
+        `forced` tokens are apart, as nobody would have answered so unforced."""
+        return [
+            run
+            for run in self.history()
+            if run.kind == "answer" and run.parent == run_id and bool(run.spec.forced) == forced
+        ]
+
     def answers_to(self, run_id: str) -> list[str]:
         """Ids of the runs that answered further prompts for a comparison, newest first."""
-        return [r.id for r in self.history() if r.kind == "answer" and r.parent == run_id]
+        return [run.id for run in self.answers(run_id)]
 
     def first_in_view(self, wanted: str) -> str:
         """The run a fresh page shows: the one its address names, else what runs, else the newest.
@@ -61,9 +70,9 @@ class Services:
         if wanted and self.known(wanted):
             return self.comparison_of(wanted)
         active = self.queue.active()
-        if active is not None:
+        if active is not None and self.store.run_head(active).kind != "lab":
             return self.comparison_of(active)
-        waiting = [run for run in known if run.status in ACTIVE]
+        waiting = [run for run in known if run.status in ACTIVE and run.kind != "lab"]
         if waiting:
             return self.comparison_of(waiting[-1].id)
         return next((run.id for run in known if run.kind == "compare"), "")

@@ -59,9 +59,11 @@ WANTED = "tokens wanted"
 @dataclass
 class Shared:
     """`client`: a Client; `run_id`: the run in view ('' for none); `painted`: fingerprints of what
-    this browser tab shows, by piece. After each event of `repaint` the page is painted anew."""
+    this browser tab shows, by piece; `fork`: what the fork explorer shows, as its buttons name it.
+    After each event of `repaint` the page is painted anew."""
 
     client: gr.State
     run_id: gr.State
     painted: gr.State
+    fork: gr.State
     repaint: list[Any] = field(default_factory=list)

@@ -231,6 +231,8 @@ def runs(client: Client, history: Sequence[Run], run_id: str) -> str:
     say = client.say
     shown = []
     for run in [*history, precomputed.run()]:
+        if run.spec.forced:  # A step in the fork explorer, where it is shown.
+            continue
         done = sum(record.status == "finished" for record in run.records)
         notes = [say("run_rows", done=done, total=len(run.spec.variants))]
         if run.ended and run.started:
