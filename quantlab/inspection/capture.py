@@ -103,7 +103,7 @@ def _inputs(block: Block, stats: Mapping[str, ActStats]) -> dict[str, Input]:
             torch.stack(weights).amax(0),
             float(one.low.min()),
             float(one.high.max()),
-            folds.get(path, ""),
+            folds.get(path),
         )
     return {path: made[id(stats[path])] for path in block.linears}
 
@@ -155,7 +155,7 @@ def worst_channels(change: Tensor, moment: Tensor) -> tuple[tuple[int, float], .
 def group_ranges(weight: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
     """(least, largest) of the group of GROUP_SIZE with the widest range, and of the median one;
     the rest of a row that fills no group is left out, unless there is nothing else."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     size = min(GROUP_SIZE, columns)
     groups = weight[:, : columns // size * size].reshape(-1, size)
     low, high = torch.aminmax(groups, dim=1)
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Do it and return the exit code: 0, or 2 for an error a person can meet."""
     parser = learn.parser("quantlab.inspection.capture", __doc__)
     given = parser.parse_args(arguments)
-    return learn.serve("inspect", given.parent, lambda watch: captured(given.model, watch))
+    return learn.serve("inspection", given.parent, lambda watch: captured(given.model, watch))
 
 
 if __name__ == "__main__":

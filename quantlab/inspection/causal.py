@@ -48,7 +48,7 @@ from quantlab.paths import home
 from quantlab.runners import NativeRunner, TorchRunner
 from quantlab.sensitivity import alone
 from quantlab.texts import tokenize
-from quantlab.types import VariantSpec, ignore
+from quantlab.types import OptionValue, VariantSpec, ignore
 
 BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "inspect"
 """What was measured of the bundled model, made by `scripts/inspect_assets.py`."""
@@ -72,7 +72,7 @@ class Setting:
 
     def variant(self, name: str) -> VariantSpec:
         """The variant of a comparison that quantizes this linear alone."""
-        options = {
+        options: dict[str, OptionValue] = {
             "arithmetic": "rtn",
             "attention_bits": 16,
             "feed_forward_bits": 16,
@@ -174,9 +174,7 @@ def measure(
         with engine.unquantized() as scorer:
             floor, _, _ = divergence(scorer)
         cpu = str(machine().get("cpu") or machine().get("system"))
-        found = Causal(
-            source.name, source.fingerprint, setting, cpu, "", engine.kernel, floor, {}
-        )
+        found = Causal(source.name, source.fingerprint, setting, cpu, "", engine.kernel, floor, {})
     for done, (name, weight) in enumerate(packed.items()):
         watch("causal", done, len(packed))
         if name in found.cells:
@@ -320,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         setting = Setting(bits=given.bits, tokens=given.tokens, window=window)
         return measure(source, setting, given.linears, watch)[0]
 
-    return learn.serve("inspect", given.parent, work)
+    return learn.serve("inspection", given.parent, work)
 
 
 if __name__ == "__main__":

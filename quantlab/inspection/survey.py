@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,11 +29,12 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits at which errors are known."""
 GROUP_SIZE = 64
 BINS = 48
-WORST = 8
+WORST = 6
 """Input channels kept of every linear, those that add most to its output error at `WORST_BITS`."""
 WORST_BITS = 4
+FoldKind = Literal["norm", "linear", "value"]
 SPAN = 1e-7
-"""Maxima below this share of the largest are drawn up to it; a channel that is always 0 has none."""
+"""Maxima below this share of the largest are raised to it; that of a channel always 0 is one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +43,15 @@ class Input:
 
     peaks: float32 [columns], largest |x| of each channel; low, high: smallest and largest x.
     weights: float32 [columns], largest |w| of each column over all linears that read it.
-    fold: what SmoothQuant's scales of this input can be folded into ('norm', 'value', 'linear'), ''
-    where the architecture has nothing.
+    fold: the kind of fold that takes SmoothQuant's scales of this input, None where the
+    architecture has none.
     """
 
     peaks: Tensor
     weights: Tensor
     low: float
     high: float
-    fold: str
+    fold: FoldKind | None
 
     @property
     def typical(self) -> float:
@@ -114,8 +115,8 @@ def encode(peaks: Tensor) -> tuple[Tensor, tuple[float, float]]:
     """Positive values as 8-bit logarithms: uint8 [n], and the natural logarithms of both ends."""
     top = max(float(peaks.max()), 1e-30)
     logs = peaks.double().clamp_min(top * SPAN).log()
-    low, high = float(logs.min()), float(logs.max())
-    codes = ((logs - low) * (255 / max(high - low, 1e-12))).round()
+    low, high = round(float(logs.min()), 6), round(float(logs.max()), 6)
+    codes = ((logs - low) * (255 / max(high - low, 1e-12))).round().clamp(0, 255)
     return codes.to(torch.uint8), (low, high)
 
 
@@ -138,7 +139,12 @@ def write(path: Path, found: Survey) -> None:
             codes, ends[name] = encode(getattr(one, name))
             kept[name].append(codes)
         about_inputs.append(
-            {"columns": len(one.peaks), "fold": one.fold, "range": [one.low, one.high], **ends}
+            {
+                "columns": len(one.peaks),
+                "fold": one.fold,
+                "range": [round(one.low, 6), round(one.high, 6)],
+            }
+            | ends
         )
     shares = [[share for _, share in one.worst] for one in linears]
     tensors = {
@@ -173,10 +179,10 @@ def load(path: Path = BUNDLED) -> Survey:
     try:
         return _load(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
-        raise ModelError(f"inspect: {path.name} is gone; read the model again") from None
+        raise ModelError(f"inspection: {path.name} is gone; read the model again") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(
-            f"inspect: the statistics in {path.name} cannot be read ({error}); read the model again"
+            f"inspection: the figures in {path.name} cannot be read ({error}); read the model again"
         ) from None
 
 
@@ -192,7 +198,8 @@ def _load(path: Path, changed: int) -> Survey:
         Input(
             decode(parts["peaks"][place], one["peaks"]),
             decode(parts["weights"][place], one["weights"]),
-            *map(float, one["range"]),
+            float(one["range"][0]),
+            float(one["range"][1]),
             one["fold"],
         )
         for place, one in enumerate(about)

@@ -12,18 +12,20 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "assets" / "i18n"
+PARTS = ("learn", "inspect")
+"""Folders of texts beside a language's own file."""
 DEFAULT = "en"
 NAMES = {"en": "English", "ja": "日本語"}
 
 
 @cache
 def translations() -> dict[str, dict[str, str]]:
-    """Language code -> key -> text, as the files have it: a language's own file, and the one of
-    the same name that holds its walkthroughs."""
+    """Language code -> key -> text, as the files have it: a language's own file, and those of the
+    same name that hold its walkthroughs and its Inspect tab."""
     return {
         path.stem: {
             key: text
-            for file in (path, FOLDER / "learn" / path.name)
+            for file in (path, *(FOLDER / part / path.name for part in PARTS))
             for key, text in json.loads(file.read_text(encoding="utf-8")).items()
         }
         for path in sorted(FOLDER.glob("*.json"))

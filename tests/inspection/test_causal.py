@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from quantlab import pipeline
-from quantlab.errors import ConfigError
-from quantlab.inspection import causal
-from quantlab.inspection.causal import Causal, Setting, measure
+from quantlab.inspection.causal import Setting, measure
 from quantlab.models import locate
 from quantlab.results import ResultRecord
 from quantlab.store import Store

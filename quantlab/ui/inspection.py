@@ -1,0 +1,325 @@
+"""The Inspect tab: where activations stand out, and what rounding costs every linear.
+
+Nothing here takes long: views are drawn when the tab is opened and when something is moved. Reading
+another model and measuring KL divergences are processes of their own (`inspection_source`,
+`inspection_causal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from quantlab.errors import QuantLabError
+from quantlab.inspection.detail import GRANULARITIES
+from quantlab.inspection.survey import WIDTHS
+from quantlab.plots import palette
+from quantlab.ui import inspection_views as views
+from quantlab.ui import options
+from quantlab.ui.client import Client
+from quantlab.ui.inspection_causal import RAISED, build_measuring, raised
+from quantlab.ui.inspection_source import (
+    Chosen,
+    Source,
+    build_source,
+    linear_of,
+    origin_html,
+    picked,
+    slice_of,
+    started,
+    survey_of,
+)
+from quantlab.ui.messages import error_message, message
+from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
+
+MOVING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
+"""Events of what moves: while one answer is on its way, only the latest wish is remembered."""
+MAP = "quantlab.cells(element, trigger, watch)"
+
+
+@dataclass
+class Inspect:
+    """`controls` and `outputs` of each view by name; `views` is where its sub-tabs are, to which
+    others can be added; `raise_bits` the button that writes to the Compare form."""
+
+    shared: Shared
+    source: Source
+    views: Any = None
+    controls: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
+
+    def redraw(self, event: Any) -> None:
+        """After `event` (the tab was opened, another model or linear chosen) paint everything."""
+        for name, draw in (("origin", origin), ("outliers", outliers), ("layers", layers)):
+            event.then(draw, self.inputs(name), self.painted(name, every=True), **QUIET)
+
+    def inputs(self, view: str) -> list[Any]:
+        controls = VIEWS[view].controls
+        return [self.shared.client, self.source.chosen, *(self.controls[one] for one in controls)]
+
+    def painted(self, view: str, *, every: bool) -> list[Any]:
+        """What a view fills; without `every` not what only another linear changes."""
+        still = () if every else VIEWS[view].still
+        return [self.outputs[one] for one in VIEWS[view].outputs if one not in still]
+
+
+@dataclass(frozen=True)
+class View:
+    """A view's controls, its outputs, and those of them that its controls do not change."""
+
+    controls: tuple[str, ...]
+    outputs: tuple[str, ...]
+    still: tuple[str, ...] = ()
+
+
+VIEWS = {
+    "origin": View((), ("origin", "outliers_text", "layers_text")),
+    "outliers": View(
+        ("alpha", "grid_bits", "symmetric", "granularity"),
+        ("peaks", "note", "outlier_facts", "maxima", "inputs", "weights"),
+        still=("peaks", "note"),
+    ),
+    "layers": View(("measure", "bits"), ("map", "layer_facts", "weight", "worst")),
+}
+
+
+def build(shared: Shared) -> Inspect:
+    """Lay the tab out and connect what happens within it."""
+    with gr.Column(elem_id="inspect"):
+        source = build_source(shared)
+        tab = Inspect(shared, source)
+        tab.outputs["origin"] = source.origin
+        with gr.Tabs(elem_id="inspect-views") as tab.views:
+            with gr.Tab(i18n("inspect_outliers"), id="outliers", elem_id="inspect-tab-outliers"):
+                _outliers(tab)
+            with gr.Tab(i18n("inspect_layers"), id="layers", elem_id="inspect-tab-layers"):
+                _layers(tab)
+                measuring = build_measuring(shared, source.chosen, tab.controls["bits"])
+    for event in measuring.changed:
+        event.then(layers, tab.inputs("layers"), tab.painted("layers", every=True), **QUIET)
+    _connect(tab)
+    return tab
+
+
+def _outliers(tab: Inspect) -> None:
+    tab.outputs["outliers_text"] = html("inspect-outliers-text")
+    tab.outputs["peaks"] = html("inspect-peaks", MAP, events=("act",))
+    tab.outputs["outlier_facts"] = html("inspect-outlier-facts")
+    with gr.Row(elem_classes="ql-inspect-controls", equal_height=False):
+        tab.controls["alpha"] = gr.Slider(
+            0,
+            1,
+            0.5,
+            step=0.05,
+            label=i18n("inspect_alpha"),
+            info=i18n("inspect_alpha_info"),
+            elem_id="inspect-alpha",
+            min_width=220,
+        )
+        tab.controls["grid_bits"] = gr.Slider(
+            2, 8, 4, step=1, label=i18n("inspect_bits"), elem_id="inspect-grid-bits", min_width=180
+        )
+        tab.controls["granularity"] = gr.Radio(
+            [(i18n(f"inspect_{one}"), one) for one in GRANULARITIES],
+            value="tensor",
+            label=i18n("inspect_granularity"),
+            elem_id="inspect-granularity",
+            min_width=220,
+        )
+        tab.controls["symmetric"] = gr.Radio(
+            [(i18n("inspect_symmetric"), True), (i18n("inspect_asymmetric"), False)],
+            value=False,
+            label=i18n("inspect_grid"),
+            elem_id="inspect-symmetric",
+            min_width=200,
+        )
+    _figure(tab, "maxima")
+    tab.outputs["note"] = html("inspect-note", "quantlab.lesson(element, trigger, watch)", ("act",))
+    with gr.Row(equal_height=False, elem_classes="ql-inspect-pair"):
+        _figure(tab, "inputs")
+        _figure(tab, "weights")
+
+
+def _layers(tab: Inspect) -> None:
+    tab.outputs["layers_text"] = html("inspect-layers-text")
+    with gr.Row(elem_classes="ql-inspect-controls", equal_height=False):
+        tab.controls["measure"] = gr.Radio(
+            [(i18n(f"inspect_of_{one}"), one) for one in views.MEASURES],
+            value="kl",
+            label=i18n("inspect_colour"),
+            elem_id="inspect-colour",
+            min_width=300,
+        )
+        tab.controls["bits"] = gr.Radio(
+            list(WIDTHS), value=4, label=i18n("inspect_bits"), elem_id="inspect-bits", min_width=260
+        )
+    tab.outputs["map"] = html("inspect-map", MAP, events=("act",))
+    tab.outputs["layer_facts"] = html("inspect-layer-facts")
+    with gr.Row(equal_height=False, elem_classes="ql-inspect-pair"):
+        _figure(tab, "weight")
+        _figure(tab, "worst")
+    with gr.Row(equal_height=False, elem_id="inspect-raise-row"):
+        tab.controls["to"] = gr.Dropdown(
+            [(f"{one}-bit", one) for one in RAISED],
+            value=8,
+            label=i18n("inspect_to"),
+            elem_id="inspect-to",
+            min_width=120,
+            scale=0,
+        )
+        tab.controls["raise"] = gr.Button(
+            i18n("inspect_raise"),
+            elem_id="inspect-raise",
+            variant="primary",
+            min_width=200,
+            scale=0,
+        )
+        tab.controls["compare"] = gr.Button(
+            i18n("inspect_compare"), elem_id="inspect-compare", min_width=160, scale=0
+        )
+    tab.outputs["raised"] = html("inspect-raised", "quantlab.message(element, watch)")
+
+
+def _figure(tab: Inspect, name: str) -> None:
+    tab.outputs[name] = gr.Plot(
+        show_label=False,
+        container=False,
+        min_width=320,
+        elem_id=f"inspect-figure-{name}",
+        elem_classes="ql-figure",
+    )
+
+
+def _connect(tab: Inspect) -> None:
+    source = tab.source
+    for name, draw in (("outliers", moved), ("layers", layers)):
+        controls = [tab.controls[one] for one in VIEWS[name].controls]
+        gr.on(
+            [control.input for control in controls],
+            draw,
+            tab.inputs(name),
+            tab.painted(name, every=False),
+            **MOVING,
+        )
+    choice = [source.chosen, source.block, source.linear]
+    for name in ("peaks", "map"):
+        tab.redraw(tab.outputs[name].act(_pick, source.chosen, choice, **QUIET))
+    for event in source.changed:
+        tab.redraw(event)
+    tab.outputs["note"].act(_read, [tab.shared.client, source.chosen], source.watched, **QUIET)
+
+
+def _pick(chosen: Chosen, event: gr.EventData) -> list[Any]:
+    return picked(chosen, str(event._data["value"]))
+
+
+def _read(client: Client, chosen: Chosen) -> list[Any]:
+    """The values of the model in view are asked for."""
+    try:
+        name = survey_of(chosen).origin.model
+    except QuantLabError:
+        name = "bundled"
+    return started(client, name)
+
+
+def connect_compare(tab: Inspect, tabs: Any, inputs: dict[str, Any], panel: Any) -> None:
+    """Let the button write to the Compare form: its variants, its model, and their options."""
+    tab.controls["raise"].click(
+        _raise,
+        [
+            tab.shared.client,
+            tab.source.chosen,
+            inputs["variants"],
+            inputs["model"],
+            tab.controls["bits"],
+            tab.controls["to"],
+        ],
+        [inputs["variants"], inputs["model"], panel, tab.outputs["raised"]],
+        **BUSY,
+    )
+    tab.controls["compare"].click(lambda: gr.Tabs(selected="compare"), None, tabs, **QUIET)
+
+
+def _raise(
+    client: Client, chosen: Chosen, data: list[dict[str, Any]], model: str, bits: int, to: int
+) -> list[Any]:
+    say = client.say
+    try:
+        found = survey_of(chosen)
+    except QuantLabError as error:
+        return [*(gr.skip() for _ in range(3)), error_message(error, client.language)]
+    name, own = linear_of(found, chosen).name, found.origin.model
+    changed, spec = raised(data, name, int(bits), int(to))
+    note = say("inspect_raised", name=name, bits=to, variant=palette.variant_label(spec.label))
+    if model != own:
+        note += " " + say("inspect_raised_model", model=own)
+    shown = options.options_html(changed, client)
+    return [changed, own if model != own else gr.skip(), shown, message(note, client.language)]
+
+
+# Drawing
+
+
+def safely(draw: Callable[..., list[Any]], client: Client, count: int, *given: Any) -> list[Any]:
+    """What `draw` gives; what is wrong as a message in the first output, and nothing in others."""
+    try:
+        return draw(client, *given)
+    except QuantLabError as error:
+        return [error_message(error, client.language), *(None for _ in range(count - 1))]
+
+
+def origin(client: Client, chosen: Chosen) -> list[Any]:
+    texts = [views.text_html(client, key) for key in ("outliers", "layers")]
+    return [origin_html(client, chosen), *texts]
+
+
+def outliers(
+    client: Client, chosen: Chosen, alpha: float, bits: int, symmetric: bool, granularity: str
+) -> list[Any]:
+    """The whole first view."""
+
+    def draw(client: Client) -> list[Any]:
+        found = survey_of(chosen)
+        one = linear_of(found, chosen)
+        real = slice_of(found, one)
+        grid = views.Grid(alpha, int(bits), bool(symmetric), granularity)
+        return [
+            views.peaks_html(client, found, one.name),
+            views.note_html(client, found, one, real),
+            *views.outliers(client, found, one, real, grid),
+        ]
+
+    return safely(draw, client, 6)
+
+
+def moved(
+    client: Client, chosen: Chosen, alpha: float, bits: int, symmetric: bool, granularity: str
+) -> list[Any]:
+    """What the controls of the first view change."""
+
+    def draw(client: Client) -> list[Any]:
+        found = survey_of(chosen)
+        one = linear_of(found, chosen)
+        grid = views.Grid(alpha, int(bits), bool(symmetric), granularity)
+        return list(views.outliers(client, found, one, slice_of(found, one), grid))
+
+    return safely(draw, client, 4)
+
+
+def layers(client: Client, chosen: Chosen, measure: str, bits: int) -> list[Any]:
+    """The whole second view."""
+
+    def draw(client: Client) -> list[Any]:
+        found = survey_of(chosen)
+        one = linear_of(found, chosen)
+        of = views.measured(found, int(bits), found.origin.model == "bundled")
+        return [
+            views.layers_html(client, found, one.name, measure, int(bits), of),
+            *views.layer(client, one, int(bits), of),
+        ]
+
+    return safely(draw, client, 4)
