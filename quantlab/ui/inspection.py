@@ -175,7 +175,7 @@ def _layers(tab: Inspect) -> None:
             i18n("inspect_raise"),
             elem_id="inspect-raise",
             variant="primary",
-            min_width=200,
+            min_width=280,
             scale=0,
         )
         tab.controls["compare"] = gr.Button(

@@ -76,7 +76,7 @@ def ranks_of(count: int) -> Tensor:
 
 def worst(one: Linear, say: Words, dark: bool) -> go.Figure:
     """The input channels that add most to the output error, the largest on top."""
-    figure = sheet(say, dark, "worst", 320, name=one.name)
+    figure = sheet(say, dark, "worst", 340, name=one.name)
     names = [say("inspect_channel_name", channel=channel) for channel, _ in one.worst]
     shares = [share for _, share in one.worst]
     figure.add_bar(
@@ -84,7 +84,7 @@ def worst(one: Linear, say: Words, dark: bool) -> go.Figure:
         y=names,
         orientation="h",
         marker={"color": warm(dark), "line": {"width": 0}},
-        text=[f"{share:.1%}" for share in shares],
+        text=[f"{100 * share:.2g}%" for share in shares],
         textposition="outside",
         cliponaxis=False,
         textfont={"color": palette.INK[dark], "size": 12},
