@@ -50,11 +50,10 @@ class Inspect:
     views: Any = None
     controls: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
-    drawn: dict[str, Any] = field(default_factory=dict)
 
     def redraw(self, event: Any) -> None:
-        """After `event` (the tab was opened, another model or linear chosen) paint everything."""
-        for name, draw in (("origin", origin), ("outliers", outliers), ("layers", layers)):
+        """After `event` (the tab was opened, another linear chosen) paint everything."""
+        for name, draw in DRAWN:
             event.then(draw, self.inputs(name), self.painted(name, every=True), **QUIET)
 
     def inputs(self, view: str) -> list[Any]:
@@ -98,9 +97,8 @@ def build(shared: Shared) -> Inspect:
                 _outliers(tab)
             with gr.Tab(i18n("inspect_layers"), id="layers", elem_id="inspect-tab-layers"):
                 _layers(tab)
-                measuring = build_measuring(shared, source.chosen, tab.controls["bits"])
-    for event in measuring.changed:
-        event.then(layers, tab.inputs("layers"), tab.painted("layers", every=True), **QUIET)
+                seen = build_measuring(shared, source.chosen, tab.controls["bits"])
+    seen.change(layers, tab.inputs("layers"), tab.painted("layers", every=True), **MOVING)
     _connect(tab)
     return tab
 
@@ -210,6 +208,8 @@ def _connect(tab: Inspect) -> None:
         tab.redraw(tab.outputs[name].act(_pick, source.chosen, choice, **QUIET))
     for event in source.changed:
         tab.redraw(event)
+    for name, draw in DRAWN:
+        source.chosen.change(draw, tab.inputs(name), tab.painted(name, every=True), **MOVING)
     tab.outputs["note"].act(_read, [tab.shared.client, source.chosen], source.watched, **QUIET)
 
 
@@ -323,3 +323,7 @@ def layers(client: Client, chosen: Chosen, measure: str, bits: int) -> list[Any]
         ]
 
     return safely(draw, client, 4)
+
+
+DRAWN = (("origin", origin), ("outliers", outliers), ("layers", layers))
+"""What paints each view whole."""

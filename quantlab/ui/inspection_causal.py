@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -20,7 +19,7 @@ from quantlab.ui.captures import POLL, captures, progress_html
 from quantlab.ui.client import Client
 from quantlab.ui.inspection_source import Chosen, survey_of
 from quantlab.ui.messages import error_message, message
-from quantlab.ui.shared import QUIET, Shared, html, i18n
+from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
 
 MODULE = "quantlab.inspection.causal"
 TOKENS = (256, 512, 1024, 2048, 4096)
@@ -28,15 +27,10 @@ RAISED = (5, 6, 8, 16)
 """Bits that a linear can be raised to; 16 leaves it alone."""
 
 
-@dataclass
-class Measuring:
-    """`changed` are events after which more may be known."""
-
-    changed: list[Any] = field(default_factory=list)
-
-
-def build_measuring(shared: Shared, chosen: Any, bits: Any) -> Measuring:
-    """Blocks, linears and tokens of a measurement; start, progress, cancel."""
+def build_measuring(shared: Shared, chosen: Any, bits: Any) -> Any:
+    """Blocks, linears and tokens of a measurement; start, progress, cancel. Returns a State that
+    changes when more is known."""
+    seen = gr.State("")
     with (
         gr.Accordion(i18n("inspect_measure"), open=False, elem_id="inspect-measure"),
         gr.Row(equal_height=False),
@@ -84,14 +78,11 @@ def build_measuring(shared: Shared, chosen: Any, bits: Any) -> Measuring:
             min_width=110,
         )
     timer = gr.Timer(2 * POLL, active=False)
-    watched = [progress, cancel, timer]
+    watched = [progress, cancel, timer, seen]
     start.click(_start, [shared.client, chosen, bits, blocks, linears, tokens], watched, **QUIET)
-    return Measuring(
-        [
-            timer.tick(_look, shared.client, watched, **QUIET),
-            cancel.click(_cancel, shared.client, watched, **QUIET),
-        ]
-    )
+    timer.tick(_look, shared.client, watched, **BUSY)
+    cancel.click(_cancel, shared.client, watched, **BUSY)
+    return seen
 
 
 def numbers_of(text: str, count: int) -> set[int]:
@@ -135,26 +126,31 @@ def _start(
         arguments += [] if every else ["--linears", *names]
         capture = captures(MODULE).start(found.origin.model, arguments)
     except QuantLabError as error:
-        return [error_message(error, client.language), gr.Button(visible=False), gr.skip()]
-    return [progress_html(client, capture), gr.Button(visible=True), gr.Timer(active=True)]
+        shown = error_message(error, client.language)
+        return [shown, gr.Button(visible=False), gr.skip(), gr.skip()]
+    shown = progress_html(client, capture)
+    return [shown, gr.Button(visible=True), gr.Timer(active=True), gr.skip()]
 
 
-def _over(shown: str) -> list[Any]:
-    return [shown, gr.Button(visible=False), gr.Timer(active=False)]
+def _over(shown: str, seen: str) -> list[Any]:
+    return [shown, gr.Button(visible=False), gr.Timer(active=False), seen]
 
 
 def _look(client: Client) -> list[Any]:
     """What the measurement has come to."""
     capture = captures(MODULE).current
     if capture is None:
-        return _over("")
+        return _over("", "")
+    seen = f"{capture.process.pid} {capture.stage} {capture.done} {capture.over}"
     if capture.error:
-        return _over(error_message(QuantLabError(capture.error, capture.hint), client.language))
+        error = QuantLabError(capture.error, capture.hint)
+        return _over(error_message(error, client.language), seen)
     if capture.cancelled:
-        return _over(message(client.say("inspect_kl_cancelled"), client.language))
+        return _over(message(client.say("inspect_kl_cancelled"), client.language), seen)
     if not capture.path:
-        return [progress_html(client, capture), gr.skip(), gr.skip()]
-    return _over(message(client.say("inspect_kl_done", count=capture.total), client.language))
+        return [progress_html(client, capture), gr.skip(), gr.skip(), seen]
+    note = client.say("inspect_kl_done", count=capture.total)
+    return _over(message(note, client.language), seen)
 
 
 def _cancel(client: Client) -> list[Any]:

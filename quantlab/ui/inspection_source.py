@@ -20,7 +20,7 @@ from quantlab.plots.templates import render
 from quantlab.ui.captures import POLL, captures, progress_html
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
-from quantlab.ui.shared import QUIET, Shared, html, i18n
+from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
 from quantlab.ui.views import model_name
 
 MODULE = "quantlab.inspection.capture"
@@ -60,7 +60,8 @@ def title_of(found: Survey, client: Client) -> str:
 
 @dataclass
 class Source:
-    """`chosen` is a `Chosen`; `changed` are events after which it is another one."""
+    """`chosen` is a `Chosen`; `changed` are events after which it is another one, beside its own
+    change when a model was read."""
 
     chosen: Any
     origin: Any
@@ -122,11 +123,12 @@ def build_source(shared: Shared) -> Source:
 
     gr.on([start.click, model.submit], _start, [shared.client, model], watched, **QUIET)
     source.changed += [
-        timer.tick(_look, shared.client, watched, **QUIET),
         back.click(_shipped, None, watched, **QUIET),
         gr.on([block.input, linear.input], _choose, [chosen, block, linear], chosen, **QUIET),
     ]
-    cancel.click(_cancel, shared.client, watched, **QUIET)
+    # Only a tick that brings another model paints anew: of many answers a late one could be old.
+    timer.tick(_look, shared.client, watched, **BUSY)
+    cancel.click(_cancel, shared.client, watched, **BUSY)
     return source
 
 

@@ -281,6 +281,7 @@ def test_a_model_of_ones_own(
     expect(page.find("#inspect-cancel")).to_be_visible()
     expect(page.find("#inspect-progress")).to_contain_text("14 linears are ready")
     expect(page.find("#inspect-origin")).to_contain_text("your model")
+    page.page.get_by_role("tab", name="Layer by linear").click()
     expect(page.find("#inspect-map [data-act]")).to_have_count(14)
     page.cell("map", "1.mlp.down_proj").click()
     page.page.get_by_role("tab", name="Activation outliers").click()
