@@ -12,7 +12,7 @@ import gradio as gr
 
 from quantlab.errors import ConfigError, QuantLabError
 from quantlab.inspection.survey import Survey
-from quantlab.methods.mixed import parse_pattern
+from quantlab.methods.mixed_config import parse_pattern
 from quantlab.types import VariantSpec
 from quantlab.ui import variants
 from quantlab.ui.captures import POLL, captures, progress_html
