@@ -21,7 +21,7 @@ import torch
 from quantlab.inspection.detail import GRANULARITIES
 from quantlab.inspection.survey import WIDTHS
 from quantlab.learn import columns, material
-from quantlab.ui import inspection, learn
+from quantlab.ui import inspection_painting, learn
 from quantlab.ui.client import Client
 from quantlab.ui.inspection_views import MEASURES
 from quantlab.ui.lessons import LESSONS
@@ -70,10 +70,13 @@ def inspected(name: str) -> Iterator[tuple[str, list[float]]]:
         "granularity": GRANULARITIES,
     }
     moves = [{**start, control: value} for control, values in spans.items() for value in values]
-    yield "outliers", timed(lambda one: inspection.moved(Client(), chosen, **one), moves)
-    yield "choosing", timed(lambda one: inspection.outliers(Client(), chosen, **one), moves[:MOVES])
+    yield "outliers", timed(lambda one: inspection_painting.moved(Client(), chosen, **one), moves)
+    yield (
+        "choosing",
+        timed(lambda one: inspection_painting.outliers(Client(), chosen, **one), moves[:MOVES]),
+    )
     layers = [{"measure": one, "bits": bits} for one in MEASURES for bits in WIDTHS]
-    yield "layers", timed(lambda one: inspection.layers(Client(), chosen, **one), layers)
+    yield "layers", timed(lambda one: inspection_painting.layers(Client(), chosen, **one), layers)
 
 
 def timed(draw: Callable[[dict[str, Any]], object], moves: Sequence[dict[str, Any]]) -> list[float]:

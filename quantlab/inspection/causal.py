@@ -16,8 +16,7 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from torch import Tensor
 
 from quantlab.environment import default_threads, machine
 from quantlab.errors import ConfigError
+from quantlab.inspection.exchange import Engine, KeptReference
 from quantlab.keys import content_key
-from quantlab.layers import QuantLinear, replace_linear
 from quantlab.learn import capture as learn
 from quantlab.learn.capture import Watch
 from quantlab.methods import METHODS, configure
@@ -42,21 +41,14 @@ from quantlab.models import (
     load,
     locate,
 )
-from quantlab.native_records import refusal
 from quantlab.packing import PackedWeight
 from quantlab.paths import home
-from quantlab.runners import NativeRunner, TorchRunner
 from quantlab.sensitivity import alone
 from quantlab.texts import tokenize
 from quantlab.types import OptionValue, VariantSpec, ignore
 
 BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "inspect"
 """What was measured of the bundled model, made by `scripts/inspect_assets.py`."""
-
-MAX_CONTEXT = 2048
-"""Positions of the cache, as in a comparison."""
-KEPT_BYTES = 2**30
-"""Logits of the original are made once for all linears while they take less than this."""
 
 
 @dataclass(frozen=True)
@@ -229,71 +221,6 @@ def pack(
             f"{example}"
         )
     return found
-
-
-@dataclass
-class KeptReference(Reference):
-    """A reference that makes its logits once, where they fit `KEPT_BYTES`."""
-
-    kept: dict[tuple[int, int, int], Tensor] = dataclasses.field(default_factory=dict)
-    room: bool = True
-
-    @classmethod
-    def of(cls, plain: Reference) -> KeptReference:
-        vocabulary = plain.head(plain.hidden[0, :1]).shape[-1]
-        positions = plain.hidden.shape[0] * plain.hidden.shape[1]
-        return cls(plain.hidden, plain.head, room=4 * positions * vocabulary <= KEPT_BYTES)
-
-    def logits(self, window: int, start: int, stop: int) -> Tensor:
-        place = (window, start, stop)
-        if place in self.kept:
-            return self.kept[place]
-        made = super().logits(*place)
-        if self.room:
-            self.kept[place] = made
-        return made
-
-
-class Engine:
-    """The bfloat16 model in the engine that a comparison would run it in, one linear exchanged at a
-    time. `kernel` names what ran last."""
-
-    def __init__(self, model: LoadedModel, bos: int | None) -> None:
-        self._module, self._bos = model.module, bos
-        self._prefix = model.family.blocks
-        limit = int(getattr(model.module.config, "max_position_embeddings", MAX_CONTEXT))
-        self._context = min(limit, MAX_CONTEXT)
-        self._native: NativeRunner | None = None
-        if refusal(self._module) is None:
-            self._native = NativeRunner(self._module, bos, self._context)
-        self.kernel = ""
-
-    @contextmanager
-    def unquantized(self) -> Iterator[Scorer]:
-        yield self._native or self._torch()
-
-    @contextmanager
-    def quantized(self, name: str, weight: PackedWeight) -> Iterator[Scorer]:
-        """The model with the packed weight in the place of the linear `name`."""
-        path = f"{self._prefix}.{name}"
-        plain = self._module.get_submodule(path)
-        layer = QuantLinear(weight, plain.bias, dtype=torch.bfloat16)
-        replace_linear(self._module, path, layer)
-        try:
-            if self._native is None or refusal(self._module) is not None:
-                yield self._torch()
-                return
-            block, _, inner = name.partition(".")
-            with self._native.exchanged(int(block), inner, layer):
-                self.kernel = self._native.kernel
-                yield self._native
-        finally:
-            replace_linear(self._module, path, plain)
-
-    def _torch(self) -> TorchRunner:
-        runner = TorchRunner(self._module, self._bos, "cpu", self._context)
-        self.kernel = runner.kernel
-        return runner
 
 
 def fitting(source: ModelSource, tokens: int, window: int) -> int:

@@ -12,23 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
+from gradio.events import api as offer
 
 from quantlab.errors import QuantLabError
 from quantlab.inspection.detail import GRANULARITIES
 from quantlab.inspection.survey import WIDTHS
 from quantlab.plots import palette
+from quantlab.ui import inspection_api, options
 from quantlab.ui import inspection_views as views
-from quantlab.ui import options
 from quantlab.ui.client import Client
 from quantlab.ui.inspection_causal import RAISED, build_measuring, raised
+from quantlab.ui.inspection_painting import layers, moved, origin, outliers
 from quantlab.ui.inspection_source import (
     Chosen,
     Source,
     build_source,
     linear_of,
-    origin_html,
     picked,
-    slice_of,
     started,
     survey_of,
 )
@@ -86,6 +86,14 @@ VIEWS = {
 }
 
 
+DRAWN: tuple[tuple[str, Callable[..., list[Any]]], ...] = (
+    ("origin", origin),
+    ("outliers", outliers),
+    ("layers", layers),
+)
+"""What paints each view whole."""
+
+
 def build(shared: Shared) -> Inspect:
     """Lay the tab out and connect what happens within it."""
     with gr.Column(elem_id="inspect"):
@@ -100,6 +108,8 @@ def build(shared: Shared) -> Inspect:
                 seen = build_measuring(shared, source.chosen, tab.controls["bits"])
     seen.change(layers, tab.inputs("layers"), tab.painted("layers", every=True), **MOVING)
     _connect(tab)
+    for function in inspection_api.FUNCTIONS:
+        offer(function, api_name=function.__name__, queue=False)
     return tab
 
 
@@ -259,71 +269,3 @@ def _raise(
         note += " " + say("inspect_raised_model", model=own)
     shown = options.options_html(changed, client)
     return [changed, own if model != own else gr.skip(), shown, message(note, client.language)]
-
-
-# Drawing
-
-
-def safely(draw: Callable[..., list[Any]], client: Client, count: int, *given: Any) -> list[Any]:
-    """What `draw` gives; what is wrong as a message in the first output, and nothing in others."""
-    try:
-        return draw(client, *given)
-    except QuantLabError as error:
-        return [error_message(error, client.language), *(None for _ in range(count - 1))]
-
-
-def origin(client: Client, chosen: Chosen) -> list[Any]:
-    texts = [views.text_html(client, key) for key in ("outliers", "layers")]
-    return [origin_html(client, chosen), *texts]
-
-
-def outliers(
-    client: Client, chosen: Chosen, alpha: float, bits: int, symmetric: bool, granularity: str
-) -> list[Any]:
-    """The whole first view."""
-
-    def draw(client: Client) -> list[Any]:
-        found = survey_of(chosen)
-        one = linear_of(found, chosen)
-        real = slice_of(found, one)
-        grid = views.Grid(alpha, int(bits), bool(symmetric), granularity)
-        return [
-            views.peaks_html(client, found, one.name),
-            views.note_html(client, found, one, real),
-            *views.outliers(client, found, one, real, grid),
-        ]
-
-    return safely(draw, client, 6)
-
-
-def moved(
-    client: Client, chosen: Chosen, alpha: float, bits: int, symmetric: bool, granularity: str
-) -> list[Any]:
-    """What the controls of the first view change."""
-
-    def draw(client: Client) -> list[Any]:
-        found = survey_of(chosen)
-        one = linear_of(found, chosen)
-        grid = views.Grid(alpha, int(bits), bool(symmetric), granularity)
-        return list(views.outliers(client, found, one, slice_of(found, one), grid))
-
-    return safely(draw, client, 4)
-
-
-def layers(client: Client, chosen: Chosen, measure: str, bits: int) -> list[Any]:
-    """The whole second view."""
-
-    def draw(client: Client) -> list[Any]:
-        found = survey_of(chosen)
-        one = linear_of(found, chosen)
-        of = views.measured(found, int(bits), found.origin.model == "bundled")
-        return [
-            views.layers_html(client, found, one.name, measure, int(bits), of),
-            *views.layer(client, one, int(bits), of),
-        ]
-
-    return safely(draw, client, 4)
-
-
-DRAWN = (("origin", origin), ("outliers", outliers), ("layers", layers))
-"""What paints each view whole."""

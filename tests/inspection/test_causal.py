@@ -14,6 +14,7 @@ from quantlab import pipeline
 from quantlab.errors import ConfigError
 from quantlab.inspection import causal, survey
 from quantlab.inspection.causal import Setting, measure
+from quantlab.inspection.exchange import Engine
 from quantlab.models import load, locate
 from quantlab.native_decoder import NativeDecoder
 from quantlab.packing import PackedWeight
@@ -81,13 +82,13 @@ def test_what_was_measured_is_kept_and_not_measured_again(
 ) -> None:
     source = locate(str(saved(tmp_path / "model")))
     seen: list[str] = []
-    engine = causal.Engine.quantized
+    engine = Engine.quantized
 
-    def counted(self: causal.Engine, name: str, weight: PackedWeight) -> Any:
+    def counted(self: Engine, name: str, weight: PackedWeight) -> Any:
         seen.append(name)
         return engine(self, name, weight)
 
-    monkeypatch.setattr(causal.Engine, "quantized", counted)
+    monkeypatch.setattr(Engine, "quantized", counted)
 
     def cut(stage: str, done: int, total: int) -> None:
         if (stage, done) == ("causal", 2):
