@@ -21,7 +21,8 @@ import torch
 from quantlab.inspection.detail import GRANULARITIES
 from quantlab.inspection.survey import WIDTHS
 from quantlab.learn import columns, material
-from quantlab.ui import inspection_painting, learn
+from quantlab.ui import inspection_painting as painting
+from quantlab.ui import learn
 from quantlab.ui.client import Client
 from quantlab.ui.inspection_views import MEASURES
 from quantlab.ui.lessons import LESSONS
@@ -70,13 +71,13 @@ def inspected(name: str) -> Iterator[tuple[str, list[float]]]:
         "granularity": GRANULARITIES,
     }
     moves = [{**start, control: value} for control, values in spans.items() for value in values]
-    yield "outliers", timed(lambda one: inspection_painting.moved(Client(), chosen, **one), moves)
+    yield "outliers", timed(lambda one: painting.moved(Client(), chosen, **one), moves)
     yield (
         "choosing",
-        timed(lambda one: inspection_painting.outliers(Client(), chosen, **one), moves[:MOVES]),
+        timed(lambda one: painting.outliers(Client(), chosen, **one), moves[:MOVES]),
     )
     layers = [{"measure": one, "bits": bits} for one in MEASURES for bits in WIDTHS]
-    yield "layers", timed(lambda one: inspection_painting.layers(Client(), chosen, **one), layers)
+    yield "layers", timed(lambda one: painting.layers(Client(), chosen, **one), layers)
 
 
 def timed(draw: Callable[[dict[str, Any]], object], moves: Sequence[dict[str, Any]]) -> list[float]:

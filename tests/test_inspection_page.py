@@ -19,7 +19,8 @@ from quantlab.plots.inspect import heatmap
 from quantlab.plots.templates import FOLDER as TEMPLATES
 from quantlab.plots.words import FOLDER, translations, words
 from quantlab.types import VariantSpec
-from quantlab.ui import inspection, inspection_api, inspection_painting, variants
+from quantlab.ui import inspection, inspection_api, variants
+from quantlab.ui import inspection_painting as painting
 from quantlab.ui.client import Client
 from quantlab.ui.inspection_causal import names_of, numbers_of, raised, with_rule
 from quantlab.ui.inspection_source import picked
@@ -42,19 +43,17 @@ def figure(made: Any) -> dict[str, Any]:
 def test_every_view_draws(language: str, dark: bool) -> None:
     client = Client(language, dark)
     for chosen in (REAL, BARE):
-        line, *texts = inspection_painting.origin(client, chosen)
+        line, *texts = painting.origin(client, chosen)
         assert "ql-badge-precomputed" in line
         assert all("<h3>" in text and "[[" not in text for text in texts)
-        peaks, note, facts, *plots = inspection_painting.outliers(
-            client, chosen, 0.5, 4, False, "tensor"
-        )
+        peaks, note, facts, *plots = painting.outliers(client, chosen, 0.5, 4, False, "tensor")
         assert peaks.count("data-act=") == 210
         assert ('data-act="read"' in note) == (chosen is BARE)
         assert facts.count("<dd>") == (6 if chosen is REAL else 4)
         shown = [one for one in plots if one is not None]
         assert len(shown) == (3 if chosen is REAL else 1)
         for measure in ("weight", "output", "kl"):
-            table, facts, *more = inspection_painting.layers(client, chosen, measure, 4)
+            table, facts, *more = painting.layers(client, chosen, measure, 4)
             assert len(re.findall(r'style="background:rgb', table)) == 210
             shown += more
         for one in shown:
@@ -65,9 +64,7 @@ def test_every_view_draws(language: str, dark: bool) -> None:
 
 def test_every_control_moves_its_picture() -> None:
     def drawn(*given: Any) -> list[str]:
-        return [
-            getattr(one, "plot", one) for one in inspection_painting.moved(Client(), REAL, *given)
-        ]
+        return [getattr(one, "plot", one) for one in painting.moved(Client(), REAL, *given)]
 
     base = (0.5, 4, False, "tensor")
     for place, other in ((0, 0.8), (1, 5), (2, True), (3, "group"), (3, "channel")):
@@ -75,7 +72,7 @@ def test_every_control_moves_its_picture() -> None:
         changed[place] = other  # type: ignore[call-overload]
         assert drawn(*changed) != drawn(*base), (place, other)
     tables = {
-        inspection_painting.layers(Client(), REAL, measure, bits)[0]
+        painting.layers(Client(), REAL, measure, bits)[0]
         for measure in ("weight", "output", "kl")
         for bits in (3, 4)
     }
@@ -107,10 +104,10 @@ def test_a_cell_that_is_not_there_is_the_first(tmp_path: Path) -> None:
     assert picked(REAL, HOSTILE)[0]["name"] == "0.self_attn.q_proj"
     gone = {"file": str(tmp_path / "gone.safetensors"), "name": HOSTILE}
     for made in (
-        inspection_painting.outliers(Client(), gone, 0.5, 4, False, "tensor"),
-        inspection_painting.moved(Client(), gone, 0.5, 4, False, "tensor"),
-        inspection_painting.layers(Client(), gone, "kl", 4),
-        inspection_painting.origin(Client(), gone),
+        painting.outliers(Client(), gone, 0.5, 4, False, "tensor"),
+        painting.moved(Client(), gone, 0.5, 4, False, "tensor"),
+        painting.layers(Client(), gone, "kl", 4),
+        painting.origin(Client(), gone),
     ):
         assert "is gone; read the model again" in made[0]
         assert "<script" not in made[0]

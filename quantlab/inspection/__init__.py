@@ -2,5 +2,6 @@
 linears costs when it alone is quantized.
 
 `survey` are the statistics of every linear, `capture` the process that takes them; `causal`
-measures KL divergences as a comparison would, in the engine of `exchange`; `detail` is the arithmetic behind one chosen linear.
+measures KL divergences as a comparison would, in the engine of `exchange`; `detail` is the
+arithmetic behind one chosen linear.
 """
