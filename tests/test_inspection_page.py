@@ -3,6 +3,7 @@ moves its picture; what is typed never becomes markup; more bits reach the Compa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from plotly.colors import sample_colorscale
 
 from quantlab.errors import ConfigError
-from quantlab.inspection import survey
+from quantlab.inspection import causal, survey
 from quantlab.methods import configure, parse_variant
 from quantlab.plots.inspect import heatmap
 from quantlab.plots.templates import FOLDER as TEMPLATES
@@ -21,6 +22,7 @@ from quantlab.plots.words import FOLDER, translations, words
 from quantlab.types import VariantSpec
 from quantlab.ui import inspection, inspection_api, variants
 from quantlab.ui import inspection_painting as painting
+from quantlab.ui import inspection_views as views
 from quantlab.ui.client import Client
 from quantlab.ui.inspection_causal import names_of, numbers_of, raised, with_rule
 from quantlab.ui.inspection_source import picked
@@ -77,6 +79,28 @@ def test_every_control_moves_its_picture() -> None:
         for bits in (3, 4)
     }
     assert len(tables) == 6
+
+
+def test_what_was_measured_here_stands_before_what_ships() -> None:
+    """Linears measured again change their own cells only; each value says where it is from."""
+    found = survey.load()
+    (shipped,) = [one for one, came in causal.known(found.origin.fingerprint, True) if came]
+    name = REAL["name"]
+    here = dataclasses.replace(
+        shipped, floor=0.001, cells={name: (0.5, 0.4, 0.6)}, machine="this machine"
+    )
+    setting = dataclasses.replace(here.setting, tokens=256)
+    here = dataclasses.replace(here, setting=setting)
+    causal.keep(causal.file_of(here.fingerprint, setting), here)
+    values = views.values_of(found, "kl", 4, views.measured(found, 4, True))
+    expected = {other: cell[0] for other, cell in shipped.cells.items()} | {name: 0.5}
+    assert values == expected
+    table, facts, *_ = painting.layers(Client(), REAL, "kl", 4)
+    assert "Values: 1, each a comparison of its own on 256 tokens" in table
+    assert "Values: 209, each a comparison of its own on 1,024 tokens" in table
+    assert table.index("this machine") < table.index(shipped.machine)
+    assert "0.500 (0.400 – 0.600)" in facts
+    assert "<dd>0.499</dd>" in facts
 
 
 def test_the_heatmap_is_logarithmic_and_has_one_tab_stop() -> None:

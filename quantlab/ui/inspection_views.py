@@ -170,26 +170,27 @@ def note_html(client: Client, found: Survey, one: Linear, real: Slice | None) ->
 
 @dataclass(frozen=True)
 class Measured:
-    """The causal measurement that is shown, and whether it came with QuantLab; None where there is
-    none at these bits."""
+    """The causal measurements at some bits, those that count most first, and whether each came with
+    QuantLab."""
 
-    causal: Causal | None
-    shipped: bool
+    documents: tuple[tuple[Causal, bool], ...] = ()
+
+    def of(self, name: str) -> Causal | None:
+        """The measurement that a linear's value is taken from."""
+        return next((one for one, _ in self.documents if name in one.cells), None)
 
 
 def measured(found: Survey, bits: int, shipped: bool) -> Measured:
-    """Of everything known at these bits the latest measured here, else what ships."""
-    for one, came in causal.known(found.origin.fingerprint, shipped):
-        if one.setting.bits == bits:
-            return Measured(one, came)
-    return Measured(None, False)
+    """Everything known at these bits: what was measured here, the latest first, then what ships."""
+    documents = causal.known(found.origin.fingerprint, shipped)
+    return Measured(tuple((one, came) for one, came in documents if one.setting.bits == bits))
 
 
 def values_of(found: Survey, measure: str, bits: int, of: Measured) -> dict[str, float]:
     """What the heatmap colours, by the linear's name."""
     if measure == "kl":
-        cells = {} if of.causal is None else of.causal.cells
-        return {name: cell[0] for name, cell in cells.items() if name in found.linears}
+        taken = {name: of.of(name) for name in found.linears}
+        return {name: one.cells[name][0] for name, one in taken.items() if one is not None}
     errors = {name: _errors(one, measure) for name, one in found.linears.items()}
     return {name: table[bits] for name, table in errors.items()}
 
@@ -207,24 +208,28 @@ def layers_html(
     spelled = numbers.divergence if measure == "kl" else percent
     label = say(f"inspect_map_{measure}", bits=bits)
     made = _heatmap(client, found, values, chosen, label, spelled)
-    return made + render("inspect_measured.html", client.language, **_about(client, measure, of))
+    lines = _about(client, measure, of)
+    return made + render("inspect_measured.html", client.language, lines=lines)
 
 
-def _about(client: Client, measure: str, of: Measured) -> dict[str, Any]:
-    say, one = client.say, of.causal
+def _about(client: Client, measure: str, of: Measured) -> list[dict[str, Any]]:
+    """How what is coloured was measured, a line for each measurement that it is taken from."""
+    say = client.say
     if measure != "kl":
-        return {"text": say("inspect_errors_how"), "tip": "", "shipped": False}
-    if one is None:
-        return {"text": say("inspect_kl_none"), "tip": "", "shipped": False}
-    text = say(
-        "inspect_kl_how",
-        tokens=f"{one.setting.tokens:,}",
-        window=one.setting.window,
-        count=len(one.cells),
-        floor=numbers.divergence(one.floor),
-    )
-    tip = say("inspect_kl_tip", machine=one.machine, date=one.date[:10], kernel=one.kernel)
-    return {"text": text, "tip": tip, "shipped": of.shipped}
+        return [{"text": say("inspect_errors_how"), "tip": ""}]
+    lines: list[dict[str, Any]] = []
+    for one, shipped in of.documents:
+        count = sum(of.of(name) is one for name in one.cells)
+        text = say(
+            "inspect_kl_how",
+            tokens=f"{one.setting.tokens:,}",
+            window=one.setting.window,
+            count=count,
+            floor=numbers.divergence(one.floor),
+        )
+        tip = say("inspect_kl_tip", machine=one.machine, date=one.date[:10], kernel=one.kernel)
+        lines += [{"text": text, "tip": tip, "shipped": shipped}] if count else []
+    return lines or [{"text": say("inspect_kl_none"), "tip": ""}]
 
 
 def layer(client: Client, one: Linear, bits: int, of: Measured) -> tuple[str, PlotData, PlotData]:
@@ -235,10 +240,11 @@ def layer(client: Client, one: Linear, bits: int, of: Measured) -> tuple[str, Pl
         Fact("weight_error", percent(one.weight_errors[bits])),
         Fact("output_error", percent(one.output_errors[bits])),
     ]
-    cell = None if of.causal is None else of.causal.cells.get(one.name)
-    if of.causal is not None and cell is not None:
+    taken = of.of(one.name)
+    if taken is not None:
+        cell = taken.cells[one.name]
         facts.append(Fact("kl", f"{numbers.divergence(cell[0])} {_interval(cell)}".strip()))
-        facts.append(Fact("kl_above", numbers.divergence(max(cell[0] - of.causal.floor, 0.0))))
+        facts.append(Fact("kl_above", numbers.divergence(max(cell[0] - taken.floor, 0.0))))
     return (
         facts_html(client, facts, one.name),
         plot(distribution.weight(one, bits, say, dark)),
