@@ -386,6 +386,24 @@
     }));
   }
 
+  // A heatmap of buttons: one tab stop, arrow keys go from cell to cell.
+  function cells(element, trigger, watch) {
+    lesson(element, trigger, watch);
+    const steps = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] };
+    element.addEventListener("keydown", (event) => {
+      const cell = event.target.closest?.("[data-at]");
+      const step = steps[event.key];
+      if (!cell || !step) return;
+      const [row, column] = cell.dataset.at.split(":").map(Number);
+      const next = element.querySelector(`[data-at="${row + step[0]}:${column + step[1]}"]`);
+      if (!next) return;
+      event.preventDefault();
+      cell.tabIndex = -1;
+      next.tabIndex = 0;
+      next.focus();
+    });
+  }
+
   // The address names the lesson and its step while the Learn tab is open.
   function followLesson(element, watch) {
     const tab = () => document.querySelector("#tab-learn-button")?.getAttribute("aria-selected") === "true";
@@ -407,5 +425,5 @@
     });
   }
 
-  window.quantlab = { lesson, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal, tokens };
+  window.quantlab = { lesson, cells, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal, tokens };
 })();

@@ -25,7 +25,7 @@ PACKAGES = (
     "numpy",
     "onnxruntime",
 )
-MEASURING = ("ui", "cli", "plots", "bench", "learn")
+MEASURING = ("ui", "cli", "plots", "bench", "learn", "inspection")
 """Rooms whose code decides no number; they do not count in `code_version`."""
 
 

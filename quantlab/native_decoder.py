@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from kernels import native
 from quantlab.engine import Choose, context_length, greedy
 from quantlab.errors import ConfigError
 from quantlab.layers import QuantEmbedding
-from quantlab.native_records import Records, refusal
+from quantlab.native_records import PATHS, Records, refusal
 from quantlab.native_weights import matrix_of
 
 CHUNK = 256
@@ -81,6 +82,23 @@ class NativeDecoder:
         record = ctypes.byref(self._record)
         token = native.native()("ql_read", record, tokens, first, len(ids), int(every), logits)
         return token, logits
+
+    @contextmanager
+    def exchanged(self, block: int, path: str, linear: Any) -> Iterator[None]:
+        """While this is open, `linear` stands in the place of a block's linear at `path`
+        (`mlp.down_proj`). It must be one that `refusal` lets pass."""
+        name = next(name for name, known in PATHS.items() if known == path)
+        layer, records = self._record.layers[block], self._records
+        before = native.LinearRecord.from_buffer_copy(getattr(layer, name))
+        modes = set(records.modes)
+        held = records.held
+        setattr(layer, name, records.linear(linear))
+        try:
+            yield
+        finally:
+            setattr(layer, name, before)
+            records.release(held)
+            records.modes = modes
 
     def chunks(self, window: Tensor, bos: int | None) -> Iterator[tuple[int, Tensor]]:
         """(first position, float32 logits [n, vocabulary]) of the window's own tokens."""

@@ -167,6 +167,15 @@ class Records:
         """Let go of what was kept so far, in a copy that shares the tables with its original."""
         self._kept = []
 
+    @property
+    def held(self) -> int:
+        """How many parts are kept alive."""
+        return len(self._kept)
+
+    def release(self, held: int) -> None:
+        """Let go of what was kept after the first `held` parts; no record may point there."""
+        del self._kept[held:]
+
     def norm(self, norm: Any) -> int:
         offset = 1.0 if self.module.config.model_type.startswith("gemma") else 0.0
         return self.keep((norm.weight.detach().float() + offset).contiguous())

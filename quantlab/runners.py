@@ -7,6 +7,7 @@ modules with QuantLab's layers for the rest, llama.cpp for GGUF files, and ONNX 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +90,17 @@ class NativeRunner:
 
     def chunks(self, window: Tensor) -> Iterator[tuple[int, Tensor]]:
         return self._open().chunks(window, self._bos)
+
+    @contextmanager
+    def exchanged(self, block: int, path: str, linear: Any) -> Iterator[None]:
+        """As `NativeDecoder.exchanged`; `kernel` is then that of the exchange."""
+        decoder, before = self._open(), self.kernel
+        with decoder.exchanged(block, path, linear):
+            self.kernel = decoder.info
+            try:
+                yield
+            finally:
+                self.kernel = before
 
     def session(self, choose: Choose = greedy) -> Decoder:
         return NativeSession(self._open(), choose)

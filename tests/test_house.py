@@ -77,6 +77,8 @@ pipeline < bench < cli
 report < cli
 methods < learn < plots
 store < learn
+learn < inspection < plots
+runners < inspection
 methods < advisor < ui
 ggml < advisor
 packing < advisor

@@ -24,7 +24,7 @@ from quantlab.environment import machine
 from quantlab.errors import QuantLabError
 from quantlab.learn.material import ROWS, TOKENS, Origin, Slice, half, window, write
 from quantlab.locks import measuring_lock
-from quantlab.models import ModelSource, block_list, load, locate
+from quantlab.models import LoadedModel, ModelSource, block_list, load, locate
 from quantlab.paths import home
 from quantlab.processes import die_with
 from quantlab.texts import calibration_ids
@@ -37,35 +37,43 @@ Watch = Callable[[str, int, int], None]
 """Called with what happens, and how many of how many blocks are done."""
 
 
-def file_of(source: ModelSource) -> Path:
+def file_of(fingerprint: str) -> Path:
     """Where the slices of a model lie once they are captured."""
-    key = hashlib.sha256(f"1:{source.fingerprint}".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"1:{fingerprint}".encode()).hexdigest()[:20]
     return home() / "learn" / f"{key}.safetensors"
 
 
 def captured(name: str, watch: Watch) -> Path:
     """The file of a model's slices, made if it is not there. Raises: ModelError, TextError."""
     source = locate(name)
-    path = file_of(source)
+    path = file_of(source.fingerprint)
     if path.is_file():
         return path
     watch("load_model", 0, 1)
-    model = load(source)
-    limit = getattr(model.module.config, "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, int(limit))
-    ids, _ = calibration_ids(model, "project", 2 * length, length, 0, ignore)
-    slices = listen(model.module, block_list(model.module, model.family), ids, source.name, watch)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    origin = Origin(
-        source.name,
-        source.fingerprint,
-        "project",
-        ids.numel(),
-        str(machine().get("cpu") or machine().get("system")),
-        date,
-    )
-    write(path, origin, slices)
+    keep(load(source), path, watch)
     return path
+
+
+def keep(model: LoadedModel, path: Path, watch: Watch) -> None:
+    """Take the slices of a model and write them. Raises: TextError."""
+    length = fitting(model, LENGTH)
+    ids, _ = calibration_ids(model, "project", 2 * length, length, 0, ignore)
+    blocks = block_list(model.module, model.family)
+    slices = listen(model.module, blocks, ids, model.source.name, watch)
+    write(path, origin_of(model.source, "project", ids.numel()), slices)
+
+
+def fitting(model: LoadedModel, length: int) -> int:
+    """`length` tokens, or as many as the model's context holds."""
+    limit = getattr(model.module.config, "max_position_embeddings", None) or length
+    return min(length, int(limit))
+
+
+def origin_of(source: ModelSource, text: str, tokens: int) -> Origin:
+    """Where figures come from that this process takes of a model now."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    cpu = str(machine().get("cpu") or machine().get("system"))
+    return Origin(source.name, source.fingerprint, text, tokens, cpu, date)
 
 
 @torch.no_grad()
@@ -121,14 +129,19 @@ def cut(model: str, layer: str, weight: Tensor, x: Tensor) -> Slice:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Do it and return the exit code: 0, or 2 for an error a person can meet."""
-    parser = argparse.ArgumentParser(prog="python -m quantlab.learn.capture", description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--parent", type=int, help="process to end with")
-    given = parser.parse_args(arguments)
-    if given.parent is not None:
-        die_with(given.parent)
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """What every process that reads a model for the page is told."""
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    made.add_argument("model")
+    made.add_argument("--parent", type=int, help="process to end with")
+    return made
+
+
+def serve(label: str, parent: int | None, work: Callable[[Watch], Path]) -> int:
+    """Do `work` in its turn, tell of it on stdout, and return the exit code: 0, or 2 for an error
+    a person can meet. `label` begins the message where the file cannot be written."""
+    if parent is not None:
+        die_with(parent)
 
     def tell(**values: object) -> None:
         print(json.dumps(values), flush=True)
@@ -140,17 +153,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         home().mkdir(parents=True, exist_ok=True)
         with measuring_lock(home() / "measuring.lock", notice):
-            path = captured(
-                given.model, lambda stage, done, of: tell(stage=stage, done=done, total=of)
-            )
+            path = work(lambda stage, done, of: tell(stage=stage, done=done, total=of))
         tell(path=str(path))
     except QuantLabError as error:
         tell(error=str(error), hint=error.hint)
         return 2
     except OSError as error:
-        tell(error=f"learn: the slices cannot be written ({error.strerror or error})", hint=None)
+        reason = error.strerror or error
+        tell(error=f"{label}: the figures cannot be written ({reason})", hint=None)
         return 2
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do it and return the exit code."""
+    given = parser("quantlab.learn.capture", __doc__).parse_args(arguments)
+    return serve("learn", given.parent, lambda watch: captured(given.model, watch))
 
 
 if __name__ == "__main__":

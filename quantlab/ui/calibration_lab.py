@@ -36,10 +36,7 @@ NUMBERS = ("calibration_tokens", "calibration_length", "eval_tokens", "window", 
 def build(shared: Shared) -> dict[str, Any]:
     """Lay the lab out and connect it; the pieces that the painter fills."""
     pieces: dict[str, Any] = {}
-    with (
-        gr.Accordion(i18n("lab"), open=False, elem_id="lab-section"),
-        gr.Row(elem_id="lab", equal_height=False),
-    ):
+    with gr.Row(elem_id="lab", equal_height=False):
         with gr.Column(scale=1, min_width=300, elem_id="lab-form"):
             inputs = _form()
             start = gr.Button(i18n("lab_start"), variant="primary", elem_id="lab-start")

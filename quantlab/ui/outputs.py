@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from quantlab.errors import QuantLabError
-from quantlab.ui import blind, calibration_lab, forks, form
+from quantlab.ui import blind, forks, form
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
 from quantlab.ui.services import services
@@ -61,7 +61,6 @@ def build(shared: Shared) -> Outputs:
     with gr.Accordion(i18n("tokens"), open=False, elem_id="tokens-section") as reading:
         tab.pieces["tokens"] = html("tokens", "quantlab.tokens(element, watch)")
     tab.pieces |= blind.build(shared)
-    tab.pieces |= calibration_lab.build(shared)
 
     asked = gr.on(
         [ask.click, prompt.submit],

@@ -8,7 +8,17 @@ from typing import Any
 import gradio as gr
 
 from quantlab.plots.words import NAMES
-from quantlab.ui import advisor, compare, form, learn, options, outputs, runs, variants
+from quantlab.ui import (
+    advisor,
+    compare,
+    form,
+    inspection,
+    learn,
+    options,
+    outputs,
+    runs,
+    variants,
+)
 from quantlab.ui.client import Client
 from quantlab.ui.messages import message
 from quantlab.ui.painter import SLOW, paint
@@ -41,6 +51,8 @@ def build() -> gr.Blocks:
                 compare_tab = compare.build(shared)
             with gr.Tab(i18n("tab_outputs"), id="outputs", elem_id="tab-outputs"):
                 outputs_tab = outputs.build(shared)
+            with gr.Tab(i18n("tab_inspect"), id="inspect", elem_id="tab-inspect") as inspect_page:
+                inspect_tab = inspection.build(shared)
             with gr.Tab(i18n("tab_learn"), id="learn", elem_id="tab-learn") as learn_page:
                 learn_tab = learn.build(shared)
             with gr.Tab(i18n("tab_advisor"), id="advisor", elem_id="tab-advisor") as advisor_page:
@@ -48,7 +60,7 @@ def build() -> gr.Blocks:
             with gr.Tab(i18n("tab_runs"), id="runs", elem_id="tab-runs") as runs_page:
                 runs_tab = runs.build(shared)
 
-        pieces |= compare_tab.pieces | outputs_tab.pieces | runs_tab.pieces
+        pieces |= compare_tab.pieces | outputs_tab.pieces | inspect_tab.pieces | runs_tab.pieces
         pieces |= {f"figure_{name}": plot for name, plot in compare_tab.figures.items()}
         notice = compare_tab.messages["run"]
         chosen = [compare_tab.chips, compare_tab.options]
@@ -102,6 +114,9 @@ def build() -> gr.Blocks:
         learn_tab.arrive(probe.linked, tabs)
         for event in [told_anew, learn_page.select(lambda: None, **QUIET)]:
             learn_tab.redraw(event)
+        for event in [told_anew, inspect_page.select(lambda: None, **QUIET)]:
+            inspect_tab.redraw(event)
+        inspection.connect_compare(inspect_tab, tabs, compare_tab.inputs, compare_tab.options)
         for ask in (advisor_page.select, told_anew.then):
             ask(advisor.answered, advisor_tab.arguments, advisor_tab.outputs, **QUIET)
         for event in [arrived, told_anew, opened, used, *shared.repaint]:

@@ -179,8 +179,8 @@ def test_the_lab_fills_its_matrix(
 ) -> None:
     monkeypatch.setenv("QUANTLAB_NATIVE", "off")
     tab.open()
-    tab.show("Outputs")
-    tab.section("lab-section")
+    tab.show("Inspect")
+    tab.show("Calibration lab")
     field = tab.find("#lab-model input")
     field.fill(str(model))
     field.press("Enter")
@@ -240,9 +240,10 @@ def test_the_lab_fills_its_matrix(
     artifacts = {r.artifact for run in runs for r in run.records if r.status == "finished"}
     assert len(artifacts) == 2
     for name, other in looks(chromium, app, ""):
-        other.section("lab-section")
+        other.show("Inspect")
+        other.show("Calibration lab")
         expect(other.find("#lab-figure .main-svg").first).to_be_visible()
         expect(other.find("#lab-notes .ql-lab-failures li")).to_have_count(2)
         assert other.page.title() == "QuantLab"
-        assert other.find("#lab-section img").count() == 0
-        keep(other.page, f"outputs-lab-{name}")
+        assert other.find("#lab img").count() == 0
+        keep(other.page, f"inspect-lab-{name}")

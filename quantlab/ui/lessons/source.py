@@ -6,14 +6,8 @@ cancel; this is its control panel.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,86 +16,13 @@ import gradio as gr
 from quantlab.errors import QuantLabError
 from quantlab.learn import material
 from quantlab.plots.templates import render
+from quantlab.ui.captures import POLL, captures, progress_html
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
 from quantlab.ui.shared import QUIET, Shared, html, i18n
 from quantlab.ui.views import model_name
 
-ROOT = Path(__file__).resolve().parents[3]
-POLL = 0.4
 MODULE = "quantlab.learn.capture"
-
-
-@dataclass
-class Capture:
-    """The process that takes a model's slices, and what it has told so far."""
-
-    model: str
-    process: subprocess.Popen[str]
-    stage: str = "starting"
-    done: int = 0
-    total: int = 1
-    path: str = ""
-    error: str = ""
-    hint: str | None = None
-    cancelled: bool = False
-
-    def read(self) -> None:
-        """Follow the process to its end."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            try:
-                told = json.loads(line)
-            except ValueError:
-                continue
-            for name in ("stage", "done", "total", "path", "error", "hint"):
-                if name in told:
-                    setattr(self, name, told[name])
-        self.process.wait()
-        if not self.path and not self.error and not self.cancelled:
-            self.error = f"learn: the process ended without slices (code {self.process.returncode})"
-
-    def cancel(self) -> None:
-        """End it; nothing was written."""
-        self.cancelled = True
-        self.process.kill()
-
-    @property
-    def over(self) -> bool:
-        return bool(self.path or self.error or self.cancelled)
-
-
-class Captures:
-    """One capture at a time for this page."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.current: Capture | None = None
-
-    def start(self, model: str) -> Capture:
-        """Take the slices of `model`; the same one again while it is being worked on."""
-        with self._lock:
-            now = self.current
-            if now is not None and not now.over:
-                if now.model == model:
-                    return now
-                raise QuantLabError(f"learn: {now.model} is being read; cancel it or wait")
-            process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, f"--parent={os.getpid()}", "--", model],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            self.current = Capture(model, process)
-            threading.Thread(target=self.current.read, name="capture", daemon=True).start()
-            return self.current
-
-
-@cache
-def captures() -> Captures:
-    return Captures()
 
 
 @dataclass
@@ -214,16 +135,16 @@ def _start(client: Client, model: str) -> list[Any]:
     if not name:
         return _nothing(message(client.say("learn_model_empty"), client.language, "error"))
     try:
-        capture = captures().start(name)
+        capture = captures(MODULE).start(name)
     except QuantLabError as error:
         return _nothing(error_message(error, client.language))
-    shown = _progress(client, capture)
+    shown = progress_html(client, capture)
     return [shown, gr.Button(visible=True), gr.Timer(active=True), gr.skip(), gr.skip()]
 
 
 def _look(client: Client) -> list[Any]:
     """What the capture has come to; at its end the new slices are in use."""
-    capture = captures().current
+    capture = captures(MODULE).current
     if capture is None:
         return _nothing("")
     if capture.error:
@@ -233,7 +154,7 @@ def _look(client: Client) -> list[Any]:
         return _nothing(message(client.say("learn_cancelled"), client.language))
     if not capture.path:
         skips = [gr.skip() for _ in range(4)]
-        return [_progress(client, capture), *skips]
+        return [progress_html(client, capture), *skips]
     names = material.layers(Path(capture.path))
     done = message(client.say("learn_loaded", count=len(names)), client.language)
     chosen = {"file": capture.path, "layer": names[0]}
@@ -242,7 +163,7 @@ def _look(client: Client) -> list[Any]:
 
 
 def _cancel(client: Client) -> list[Any]:
-    capture = captures().current
+    capture = captures(MODULE).current
     if capture is not None and not capture.over:
         capture.cancel()
     return _look(client)
@@ -253,13 +174,3 @@ def _shipped() -> list[Any]:
     chosen = {"file": "", "layer": names[0]}
     layer = gr.Dropdown(names, value=names[0])
     return ["", gr.Button(visible=False), gr.Timer(active=False), chosen, layer]
-
-
-def _progress(client: Client, capture: Capture) -> str:
-    say = client.say
-    key = f"stage_{capture.stage}"
-    line = say(key) if say.has(key) else say("stage_starting")
-    if capture.stage == "capture":
-        line += " · " + say("block_of", done=capture.done, total=capture.total)
-    share = round(100 * capture.done / max(capture.total, 1))
-    return render("lesson_capture.html", client.language, line=line, percent=share)

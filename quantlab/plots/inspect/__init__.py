@@ -1,0 +1,1 @@
+"""Figures of the Inspect tab: functions of what `quantlab.inspection` computes."""
