@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantlab import peer_run, pipeline
 from quantlab.errors import ConfigError, MethodError
@@ -27,7 +28,17 @@ from quantlab.store import Store
 from quantlab.types import Event, Progress, RunSpec
 from tests.fake_peer import REPORT, install
 from tests.test_foreign import SMALL, written
-from tests.tiny import FAMILIES, logits, saved, tiny, token_ids
+from tests.tiny import (
+    CONTEXT,
+    FAMILIES,
+    VOCABULARY,
+    logits,
+    randomize,
+    saved,
+    tiny,
+    token_ids,
+    tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("exact", "home")
 
@@ -251,3 +262,30 @@ def test_a_peer_is_not_written_by_quantlab(original: Path, tmp_path: Path) -> No
 def test_records_of_peers_survive_json(original: Path) -> None:
     row = ResultRecord("gptqmodel:4", "gptqmodel", 4, {}, "finished", details={"peer": REPORT})
     assert ResultRecord.from_json(json.loads(json.dumps(row.to_json()))) == row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, m in METHODS.items() if m.peer is not None])
+def test_the_real_peers(name: str, tmp_path: Path) -> None:
+    """Where `make peers` has installed them. Rounding to 4 bits by any method keeps the tiny model
+    nearer to the original than plain rounding to 3 bits does. (AutoAWQ takes rows by 64 only.)"""
+    peer, original = peer_of(name), tmp_path / "original"
+    if peer.absence() or (peer.gpu_only and not torch.cuda.is_available()):
+        pytest.skip(peer.absence() or peer.gpu_only)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = LlamaConfig(**sizes, **heads, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT)
+    module = LlamaForCausalLM(config)
+    randomize(module, 0)
+    module.save_pretrained(original)
+    tokenizer().save_pretrained(original)
+    row, rough = pipeline.compare(spec_of(original, f"{name}:4,rtn:3"))
+    assert row.status == "finished", row.error
+    assert row.kl_divergence is not None
+    assert rough.kl_divergence is not None
+    assert 0 < row.kl_divergence < rough.kl_divergence
+    assert row.details["peer"]["version"] == peer.version()
+    assert ("patched" in " ".join(row.fallbacks)) == (name == "autoawq")
+    assert row.quantize_seconds is not None
+    assert row.peak_rss_bytes is not None
+    assert row.details["checkpoint"]["format"] == METHODS[name].peer.twin  # type: ignore[union-attr]

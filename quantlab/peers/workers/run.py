@@ -101,7 +101,7 @@ def main() -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        tell({"error": f"{type(error).__name__}: {short(error)}"})
+        tell({"error": f"{type(error).__name__}: {short(error) or place(error)}"})
         return 1
     tell({"report": report})
     return 0
@@ -155,7 +155,13 @@ def end_with(parent: int) -> None:
 
 
 def short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__
+    return " ".join(str(error).split())[:REASON_CHARACTERS]
+
+
+def place(error: BaseException) -> str:
+    """Where an error without words was raised: `gemm.py, line 132: assert …`."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
 
 
 if __name__ == "__main__":
