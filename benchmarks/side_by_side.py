@@ -129,8 +129,6 @@ def rows_of(names: Sequence[str], group_sizes: Sequence[int], folder: Path) -> I
 def write(row: Row, spec: RunSpec) -> None:
     """QuantLab's checkpoint in the peer's format, or why there is none."""
     print(f"writing {row.ours.label} as {row.format}", flush=True)
-    if row.folder.is_dir() and any(row.folder.iterdir()):
-        return
     try:
         pipeline.quantize(spec, row.ours, row.folder, row.format)
     except QuantLabError as error:

@@ -50,8 +50,8 @@ def quantize(
     (not installed, refused, crashed), ModelError for a checkpoint that cannot be read; nothing is
     left in `folder` then.
     """
-    reason = peer.gpu_only if not torch.cuda.is_available() else ""
-    if reason := reason or peer.absence():
+    refused = "" if torch.cuda.is_available() else peer.gpu_only
+    if reason := refused or peer.absence():
         raise MethodError(reason, peer.install)
 
     def step(stage: str, done: int, total: int) -> None:

@@ -259,7 +259,19 @@ def test_a_peer_is_not_written_by_quantlab(original: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_records_of_peers_survive_json(original: Path) -> None:
+def test_the_time_of_peers_is_foreseen() -> None:
+    """As they say of themselves, for the bundled model; QuantLab's own steps are not counted."""
+
+    def seconds(name: str) -> float:
+        return pipeline.estimate(RunSpec(variants=parse_variants(name))).seconds
+
+    for name, method in METHODS.items():
+        if method.peer is not None:
+            assert method.peer_seconds >= 60
+            assert seconds(name) - seconds("rtn:4") == pytest.approx(method.peer_seconds, rel=0.01)
+
+
+def test_records_of_peers_survive_json() -> None:
     row = ResultRecord("gptqmodel:4", "gptqmodel", 4, {}, "finished", details={"peer": REPORT})
     assert ResultRecord.from_json(json.loads(json.dumps(row.to_json()))) == row
 

@@ -28,6 +28,8 @@ def quantize(job: Any, clock: Any) -> dict[str, Any]:
     total = done = 0
 
     class Patched(AwqQuantizer):  # type: ignore[misc]
+        modules: Any
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             nonlocal total
             super().__init__(*args, **kwargs)
