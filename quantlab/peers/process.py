@@ -74,12 +74,13 @@ def run(
     reason = peer.absence()
     if reason is not None:
         raise MethodError(reason, peer.install)
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     tokens = out / "ids.json"
     tokens.write_text(json.dumps([list(piece) for piece in ids]), encoding="utf-8")
     command = [
         *(str(peer.python), "-P", str(RUN), str(peer.worker)),
-        *("--model", str(model.resolve()), "--ids", str(tokens), "--out", str(out.resolve())),
+        *("--model", str(model.resolve()), "--ids", str(tokens), "--out", str(out)),
         *("--options", json.dumps(dict(options)), "--threads", str(threads)),
         *("--blocks", str(blocks), "--parent", str(os.getpid())),
     ]
