@@ -4,7 +4,8 @@
         [--text FILE] [--calibration FILE] [--calibration-tokens N]
 
 QuantLab's side is exported in the peer's own format and read back, the peer's side is what it left;
-both are measured alike, on the same windows, and both were calibrated on the same tokens. GPTQModel
+both are measured alike, on the same windows, and both were calibrated on the same tokens. What the
+format cannot say (groups that do not divide a row) is measured as QuantLab keeps it. GPTQModel
 takes about a minute a row for the bundled model, AutoAWQ half an hour (`make peers` installs them).
 A difference counts where its paired bootstrap interval leaves zero out.
 """
@@ -40,7 +41,7 @@ method's own defaults, and the grid that GPTQModel has by default."""
 
 @dataclass
 class Row:
-    """One of QuantLab's ways against the peer's row. `reason`: why there is no checkpoint."""
+    """One of QuantLab's ways against the peer's. `reason`: why the format does not hold it."""
 
     name: str
     group_size: int
@@ -52,8 +53,9 @@ class Row:
     records: dict[str, ResultRecord] = field(default_factory=dict)
 
     @property
-    def checkpoint(self) -> VariantSpec:
-        return VariantSpec("checkpoint", None, (("path", str(self.folder)),))
+    def measured(self) -> VariantSpec:
+        path = (("path", str(self.folder)),)
+        return self.ours if self.reason else VariantSpec("checkpoint", None, path)
 
 
 def main() -> None:
@@ -127,7 +129,7 @@ def rows_of(names: Sequence[str], group_sizes: Sequence[int], folder: Path) -> I
 
 
 def write(row: Row, spec: RunSpec) -> None:
-    """QuantLab's checkpoint in the peer's format, or why there is none."""
+    """QuantLab's checkpoint in the peer's format, or why there can be none."""
     print(f"writing {row.ours.label} as {row.format}", flush=True)
     try:
         pipeline.quantize(spec, row.ours, row.folder, row.format)
@@ -137,7 +139,7 @@ def write(row: Row, spec: RunSpec) -> None:
 
 def measure(rows: Sequence[Row], spec: RunSpec) -> list[ResultRecord]:
     """All checkpoints and peers in one comparison, so that intervals are paired."""
-    variants = {row.checkpoint.label: row.checkpoint for row in rows if not row.reason}
+    variants = {row.measured.label: row.measured for row in rows}
     variants |= {row.peer.label: row.peer for row in rows}
     wanted = RunSpec.from_json(
         spec.to_json() | {"variants": [one.to_json() for one in variants.values()]}
@@ -154,8 +156,7 @@ def measure(rows: Sequence[Row], spec: RunSpec) -> list[ResultRecord]:
     records = pipeline.compare(wanted, store=Store(), emit=tell)
     by_label = {record.variant: record for record in records}
     for row in rows:
-        if not row.reason:
-            row.records["ours"] = by_label[row.checkpoint.label]
+        row.records["ours"] = by_label[row.measured.label]
         row.records["peer"] = by_label[row.peer.label]
     return records
 
@@ -163,13 +164,12 @@ def measure(rows: Sequence[Row], spec: RunSpec) -> list[ResultRecord]:
 def print_row(row: Row) -> bool:
     """Both sides and their difference; whether QuantLab's is clearly the worse one."""
     print(f"{row.name}, groups of {row.group_size}")
-    ours, peer = row.records.get("ours"), row.records["peer"]
-    if ours is None:
-        print(f"    {'QuantLab':<17} none: {row.reason}")
+    ours, peer = row.records["ours"], row.records["peer"]
+    if row.reason:
+        print(f"    in QuantLab's own folder: {row.reason}")
     for name, record in (("QuantLab", ours), (who(peer), peer)):
-        if record is not None:
-            print(f"    {name:<17} {figures(record)}")
-    if ours is None or ours.status != "finished" or peer.status != "finished":
+        print(f"    {name:<17} {figures(record)}")
+    if ours.status != "finished" or peer.status != "finished":
         return False
     nats, kl = difference(ours, peer, "nll"), difference(ours, peer, "kl")
     assert nats is not None
