@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantlab import pipeline
-from quantlab.errors import QuantLabError
+from quantlab.errors import ConfigError
 from quantlab.methods import parse_variant
 from quantlab.plots import numbers
 from quantlab.plots.verdict import difference
@@ -133,7 +133,7 @@ def write(row: Row, spec: RunSpec) -> None:
     print(f"writing {row.ours.label} as {row.format}", flush=True)
     try:
         pipeline.quantize(spec, row.ours, row.folder, row.format)
-    except QuantLabError as error:
+    except ConfigError as error:  # what the format cannot say; everything else ends the run
         row.reason = str(error)
 
 
