@@ -15,7 +15,7 @@ ENVIRONMENT = $(if $(PYTHON),,$(error QuantLab needs Python 3.11 or newer; none 
 # One thread a test process: two of them share the machine, and results stay the same everywhere.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test lint format check docs clean help peers bench bench-quantize bench-memory
+.PHONY: demo test lint format check docs clean help peers bench bench-quantize bench-memory bench-peers
 
 help:
 	@echo 'make demo    start the page (PORT=7861 takes that port, else the first free one from 7860)'
@@ -26,6 +26,7 @@ help:
 	@echo 'make peers   the environments of the peers that QuantLab is compared with (3 GB)'
 	@echo 'make bench   speed beside llama.cpp, transformers and the machine (ARGS="--only gemv")'
 	@echo 'make bench-quantize  seconds to quantize, against the peers (ARGS="--only gptq")'
+	@echo 'make bench-peers     GPTQ and AWQ as QuantLab writes them against GPTQModel and AutoAWQ'
 	@echo 'make bench-memory    peak memory of quantizing against depth (ARGS="--methods rtn")'
 	@echo 'make docs    write the generated parts of README.md'
 	@echo 'make clean   remove caches; .venv and results stay'
@@ -69,6 +70,10 @@ bench:
 bench-quantize:
 	$(ENVIRONMENT) product
 	@$(BIN)/python -m benchmarks.quantize $(ARGS)
+
+bench-peers:
+	$(ENVIRONMENT) product
+	@$(BIN)/python -m benchmarks.side_by_side $(ARGS)
 
 bench-memory:
 	$(ENVIRONMENT) product

@@ -30,6 +30,10 @@ def check_format(variant: VariantSpec, format: str, group_size: int | None = Non
     method = METHODS[variant.method]
     if not method.quantizes or method.reads_files:
         raise ConfigError(f"method: {variant.method} does not quantize; there is nothing to write")
+    if method.peer is not None:
+        raise ConfigError(
+            f"method: {variant.method} is measured by compare only; {method.peer.twin} is written"
+        )
     if variant.method == "onnx_int8":
         raise ConfigError("method: onnx_int8 is measured by compare only; dynamic_int8 is written")
     if (variant.method == "gguf") != (format == "gguf"):

@@ -95,7 +95,9 @@ def estimate(spec: RunSpec) -> Estimate:
         )
         config = configure(variant, spec.group_size)
         needs = method.needs_for(config)
-        if needs:
+        if method.peer is not None:
+            seconds += method.peer_seconds * scale
+        elif needs:
             # Collecting, and going on through the quantized block; in lockstep both are one.
             passes = 1.0 + (method.sees_error and not method.sequential)
             passes += "cross_moment" in needs
@@ -104,6 +106,6 @@ def estimate(spec: RunSpec) -> Estimate:
         if method.trains:
             passes = method.train_passes(config)
             seconds += passes * forward * spec.calibration_tokens / (half * EFFICIENCY * TRAINING)
-        if "second_moment" in needs:
+        if "second_moment" in needs and method.packs:
             seconds += SECOND_MOMENT_COST * forward * spec.calibration_tokens / single
     return Estimate(seconds, int(4 * parameters * 2 + RUNNING_BYTES), "")

@@ -13,7 +13,7 @@ from quantlab.foreign import adopt
 from quantlab.methods import METHODS, configure
 from quantlab.models import ModelSource
 from quantlab.models.loading import load_tokenizer_of
-from quantlab.prepared import Prepared
+from quantlab.prepared import Prepared, read_about
 from quantlab.results import ResultRecord
 from quantlab.runners import Runner
 from quantlab.store import Store
@@ -26,7 +26,7 @@ from quantlab.types import (
     VariantSpec,
     VariantStarted,
 )
-from quantlab.variants import open_runner, read_about
+from quantlab.variants import open_runner
 
 
 def answer_together(

@@ -12,6 +12,7 @@ from quantlab.errors import MethodError
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.metrics.quality import Reference, measure_quality
 from quantlab.models import ModelSource
+from quantlab.peer_run import check_result
 from quantlab.prepared import Prepared
 from quantlab.results import NOTHING_FINITE, ResultRecord
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
@@ -32,7 +33,7 @@ def measure(
 ) -> ResultRecord:
     """`blank` with quality, speed, memory and answers filled in, status finished.
 
-    Raises: MethodError when the variant gives no finite perplexity.
+    Raises: MethodError when the variant gives no finite perplexity, or a peer broke the model.
     """
     label = variant.label
     reset_peak()
@@ -44,6 +45,7 @@ def measure(
                 f"{NOTHING_FINITE}: its perplexity is not a number",
                 "use more bits, smaller groups, or another calibration text",
             )
+        check_result(prepared, quality.perplexity, reference, windows)
         emit(Progress(label, "speed", 0, 1, 0.0))
         speed = runner.speed()
         outputs = answer_prompts(

@@ -1,11 +1,13 @@
-"""Weights on disk that can be opened and measured."""
+"""Weights on disk that can be opened and measured, and what is kept beside them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+ABOUT = "about.json"
 Kind = Literal["unquantized", "quantlab", "checkpoint", "gguf", "onnx"]
 
 
@@ -24,3 +26,22 @@ class Prepared:
     fallbacks: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+def keep_about(prepared: Prepared, folder: Path) -> Prepared:
+    """Write down what was prepared in `folder`, after everything else: then it is whole."""
+    about = {**asdict(prepared), "path": prepared.path.name}
+    (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+    return prepared
+
+
+def read_about(folder: Path) -> Prepared | None:
+    """What an earlier run kept in `folder`, None where there is nothing whole."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about["path"] = folder / about["path"]
+        about["fallbacks"] = tuple(about["fallbacks"])
+        prepared = Prepared(**about)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return prepared if prepared.path.exists() else None

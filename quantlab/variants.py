@@ -5,17 +5,15 @@ What is measured is what was written: a fresh variant is read back from its arti
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantlab import keys
+from quantlab import keys, peer_run
 from quantlab.artifacts import prune
 from quantlab.blockwise import quantize_blocks, quantize_outer, train_blocks
 from quantlab.environment import default_threads, resolve_device
@@ -31,12 +29,11 @@ from quantlab.outer import check_outer, pack_outer
 from quantlab.packing import PackedWeight
 from quantlab.packing.affine import static_inputs
 from quantlab.paths import home
-from quantlab.prepared import Kind, Prepared
+from quantlab.prepared import Kind, Prepared, keep_about, read_about
 from quantlab.runners import LlamaCppRunner, OnnxRunner, Runner, open_module
 from quantlab.training.workshop import Workshop
 from quantlab.types import Emit, Progress, RunSpec, VariantSpec
 
-ABOUT = "about.json"
 GGUF_FILE = "model.gguf"
 ONNX_FILE = "model.onnx"
 MAX_CONTEXT = 2048
@@ -68,6 +65,11 @@ def prepare_variant(
         return known
     emit(Progress(variant.label, "load", 0, 1, 0.0))
     method, config = METHODS[variant.method], configure(variant, spec.group_size)
+    if method.peer is not None:
+        assert ids is not None
+        return peer_run.quantize(
+            variant, method.peer, config.to_json(), source, ids, folder, spec, emit
+        )
     model = _load(source, spec, whole=method.whole_model(config))
     as_gguf = variant.method == "gguf" and model.family.gguf is not None
     if as_gguf:
@@ -155,7 +157,7 @@ def _quantize(
     )
     if spool is not None:
         shutil.rmtree(spool.folder)
-    prepared = _keep_about(prepared, folder)
+    prepared = keep_about(prepared, folder)
     workshop.clear()
     return prepared
 
@@ -184,13 +186,7 @@ def _quantize_onnx(
         peak_rss=peak_rss_bytes(),
     )
     emit(Progress(variant.label, "quantize", 1, 1, 0.0))
-    return _keep_about(prepared, folder)
-
-
-def _keep_about(prepared: Prepared, folder: Path) -> Prepared:
-    about = {**asdict(prepared), "path": prepared.path.name}
-    (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
-    return prepared
+    return keep_about(prepared, folder)
 
 
 def _packed(
@@ -237,18 +233,6 @@ def _workshop(
         emit(Progress(variant.label, stage, done, total, 0.0))
 
     return Workshop(folder, report, spec.seed)
-
-
-def read_about(folder: Path) -> Prepared | None:
-    """What an earlier run kept in `folder`, None where there is nothing whole."""
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        about["path"] = folder / about["path"]
-        about["fallbacks"] = tuple(about["fallbacks"])
-        prepared = Prepared(**about)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return prepared if prepared.path.exists() else None
 
 
 def _unquantized(variant: VariantSpec, source: ModelSource, spec: RunSpec) -> Prepared:

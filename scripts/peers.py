@@ -3,8 +3,10 @@
     python3 scripts/peers.py [awq | gptqmodel ...]
 
 Each has its own requirements and lives in .venv-peers/NAME. A line `# no-deps: PACKAGE` in a
-requirements file is installed last and without its dependencies. A stamp holds the hash of what is
-installed, so the second time costs a few milliseconds. Standard library only.
+requirements file is installed last and without its dependencies. A stamp holds the hash of what was
+asked for, so the second time costs a few milliseconds; where only the request has changed, and all
+that it names is there in its version, the stamp is renewed and nothing installed. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ PEERS = {
     "awq": ("requirements-peers.txt", "awq"),
     "gptqmodel": (
         "requirements-peers-gptqmodel.txt",
-        "gptqmodel, compressed_tensors, bitsandbytes",
+        "gptqmodel, optimum.gptq, compressed_tensors, bitsandbytes",
     ),
 }
 """By the name of the environment: its requirements, and what must import afterwards."""
@@ -53,7 +55,9 @@ def ensure(name: str) -> None:
     text = (ROOT / requirements).read_text(encoding="utf-8")
     wanted = hashlib.sha256(text.encode()).hexdigest()
     stamp = venv / ".quantlab-peer"
-    if stamp.is_file() and stamp.read_text() == wanted and imports(python, modules):
+    known = stamp.is_file() and stamp.read_text() == wanted
+    if (known or satisfied(python, text)) and imports(python, modules):
+        stamp.write_text(wanted)
         say(f"{name} is ready: {python.relative_to(ROOT)}")
         return
     say(f"making {venv.relative_to(ROOT)}, about 1.5 GB")
@@ -68,6 +72,24 @@ def ensure(name: str) -> None:
         sys.exit(f"error: {name} was installed but cannot import {modules}")
     stamp.write_text(wanted)
     say(f"{name} is ready: {python.relative_to(ROOT)}")
+
+
+def satisfied(python: Path, text: str) -> bool:
+    """Whether the peer's Python has all that a requirements file names, in its versions."""
+    code = (
+        "import sys; from importlib.metadata import version\n"
+        "for pin in sys.argv[1:]:\n"
+        "    name, wanted = pin.split('==')\n"
+        "    assert version(name).partition('+')[0] == wanted, pin\n"
+    )
+    pins = re.findall(r"^(?:# no-deps: |(?!#))(\S.*)$", text, re.MULTILINE)
+    if not all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins):
+        return False
+    try:
+        command = [str(python), "-c", code, *pins]
+        return subprocess.run(command, capture_output=True, cwd=FOLDER).returncode == 0
+    except OSError:
+        return False
 
 
 def imports(python: Path, modules: str) -> bool:

@@ -81,6 +81,12 @@ learn < inspection < plots
 runners < inspection
 methods < advisor < ui
 ggml < advisor
+errors < peers < methods
+models < peer_run
+metrics < peer_run
+environment < peer_run
+peers < peer_run
+foreign < peer_run < variants
 packing < advisor
 models < advisor
 kernels < advisor
@@ -105,7 +111,13 @@ ROOMS = {
 }
 """Modules that belong to a room of another name; a package or module is a room of its own name."""
 
-OPTIONAL = {"triton": "kernels.gpu."}
+ELSEWHERE = "quantlab.peers.workers."
+"""What the peers' own Python runs, with their packages and without QuantLab."""
+
+OPTIONAL = {
+    "triton": "kernels.gpu.",
+    **dict.fromkeys(("gptqmodel", "awq", "auto_gptq"), ELSEWHERE),
+}
 """Packages that a part of the program cannot do without, and the rest can: only there they are
 imported, and nothing of it is imported at start. Triton comes with torch's builds for CUDA."""
 
@@ -230,10 +242,17 @@ def test_only_models_know_the_model_classes_of_transformers() -> None:
     wrong = [
         f"{name} imports {target}"
         for name in modules()
-        if room(name) != "models"
+        if room(name) != "models" and not name.startswith(ELSEWHERE)
         for target in imports(name)
         if classes.match(target)
     ]
+    assert not wrong
+
+
+def test_what_peers_run_knows_nothing_of_quantlab() -> None:
+    workers = [name for name in modules() if name.startswith(ELSEWHERE)]
+    assert len(workers) > 3
+    wrong = [(n, t) for n in workers for t in imports(n) if t.startswith(("quantlab", "kernels"))]
     assert not wrong
 
 
@@ -291,7 +310,8 @@ def missing(name: str) -> bool:
 def test_importing_everything_is_quiet(tmp_path: Path) -> None:
     """No download, no build, no file, no log line and no logging set-up at import."""
     names = [name for name in modules() if name != "app" and not name.endswith("__main__")]
-    names = [name for name in names if not missing(name)]
+    # Peers' packages are imported only where a function runs, so that their modules count as well.
+    names = [name for name in names if name.startswith(ELSEWHERE) or not missing(name)]
     code = f"""{WATCH}
 import importlib, logging
 for name in {names!r}:

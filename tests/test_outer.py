@@ -35,9 +35,7 @@ def test_every_method_that_packs_weights_has_the_options() -> None:
     without = {
         name
         for name, method in METHODS.items()
-        if method.quantizes
-        and not method.reads_files
-        and not issubclass(method.Config, WeightConfig)
+        if method.packs and not issubclass(method.Config, WeightConfig)
     }
     own_types = {"gguf", "onnx_int8"}
     assert without == own_types, "derive its Config from base.WeightConfig"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -58,6 +59,36 @@ def test_a_peer_that_is_there_is_left_alone(
         peers.ensure("awq")
 
 
+def test_a_changed_request_that_is_met_renews_the_stamp(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is installed where every version is there already, everything where one is not."""
+    monkeypatch.setattr(peers, "ROOT", tmp_path)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path / ".venv-peers")
+    monkeypatch.setattr(peers, "PEERS", {"awq": ("peer.txt", "json")})
+    monkeypatch.setattr(peers, "run", lambda command: pytest.fail(f"installs: {command}"))
+    python = tmp_path / ".venv-peers" / "awq" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    stamp = python.parents[1] / ".quantlab-peer"
+    stamp.write_text("of an earlier request")
+    torch = importlib.metadata.version("torch").partition("+")[0]
+    there = f"# Peers\ntorch=={torch}\n# no-deps: numpy=={importlib.metadata.version('numpy')}\n"
+    (tmp_path / "peer.txt").write_text(there)
+    peers.ensure("awq")
+    assert stamp.read_text() == hashlib.sha256(there.encode()).hexdigest()
+    missing = f"{there}no-such-package==1.0\n"
+    for unmet in ("torch==1.0.0\n", missing, "# no-deps: numpy==0.1\n", "torch\n", "-r all.txt\n"):
+        (tmp_path / "peer.txt").write_text(unmet)
+        assert not peers.satisfied(python, unmet)
+        with pytest.raises(pytest.fail.Exception, match="installs"):
+            peers.ensure("awq")
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+
+
 def test_every_peer_runs_the_torch_of_the_product(peers: ModuleType) -> None:
     wanted = next(
         line
@@ -68,12 +99,14 @@ def test_every_peer_runs_the_torch_of_the_product(peers: ModuleType) -> None:
         assert wanted in (ROOT / requirements).read_text().splitlines()
 
 
-def test_every_contest_has_its_worker_and_its_environment(peers: ModuleType) -> None:
+def test_every_peer_has_its_worker_and_its_environment(peers: ModuleType) -> None:
+    for method in METHODS.values():
+        if method.peer is not None:
+            assert method.peer.worker.is_file()
+            assert method.peer.environment in peers.PEERS or method.peer.gpu_only
+            assert METHODS[method.peer.twin].packs
     for contest in CONTESTS.values():
-        worker = ROOT / "benchmarks" / "peers" / contest.worker
-        assert "import quantlab" not in worker.read_text()
-        assert "from quantlab" not in worker.read_text()
-        assert contest.python in {"", *peers.PEERS}
+        assert contest.peer is None or contest.peer.twin == contest.variant.method
 
 
 def test_phases_are_exclusive_and_leave_nothing_behind() -> None:

@@ -31,8 +31,7 @@ SPEC = RunSpec(group_size=32, threads=1)
 STREAMED = [
     name
     for name, method in METHODS.items()
-    if method.quantizes
-    and not (method.reads_files or method.whole_model(configure(parse_variant(name))))
+    if method.packs and not method.whole_model(configure(parse_variant(name)))
 ]
 VARIANTS = [
     *STREAMED, "gptq:3", "gptq:4:embedding_bits=8", "gguf:q4_0:imatrix=true",
@@ -69,8 +68,9 @@ def quantized(text: str, source: ModelSource, folder: Path) -> dict[str, Any]:
 
 
 def test_what_streams() -> None:
-    """Everything but what trains end to end, and ONNX Runtime's own; a budget is measured."""
+    """Everything but what trains end to end, ONNX Runtime's own and peers; a budget is measured."""
     others = {"bf16", "fp32", "checkpoint", "efficientqat", "qat", "onnx_int8"}
+    others |= {name for name, method in METHODS.items() if method.peer is not None}
     assert set(METHODS) - set(STREAMED) == others
     mixed = parse_variant("mixed:budget=4.5")
     assert METHODS["mixed"].whole_model(configure(mixed))

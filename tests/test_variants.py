@@ -9,8 +9,9 @@ import pytest
 from quantlab.errors import MethodError
 from quantlab.methods import parse_variant
 from quantlab.models import locate
+from quantlab.prepared import read_about
 from quantlab.types import Event, Progress, RunSpec
-from quantlab.variants import prepare_variant, read_about
+from quantlab.variants import prepare_variant
 from tests.tiny import saved, token_ids
 
 pytestmark = pytest.mark.usefixtures("exact")

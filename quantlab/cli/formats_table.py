@@ -20,7 +20,7 @@ def format_table() -> str:
     reasons: dict[str, int] = {}
     lines = [f"| method | {' | '.join(f'`{name}`' for name in names)} |", "|---" * 6 + "|"]
     for method in METHODS.values():
-        if not method.quantizes or method.reads_files:
+        if not method.packs:
             continue
         cells = [_cell(method, name, reasons) for name in names]
         lines.append(f"| `{method.name}` | {' | '.join(cells)} |")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantlab.errors import ConfigError
 from quantlab.export import base
-from quantlab.export.base import CheckpointFormat, Expected, Stored
+from quantlab.export.base import CheckpointFormat, Expected, Layer, Linear
 from quantlab.export.words import from_words, to_words
 from quantlab.models.quantization import Quantization, Scheme
 from quantlab.packing import AffineWeight, PackedWeight, Storage, affine
@@ -37,13 +37,7 @@ class AWQFormat(CheckpointFormat):
     marks = ("qweight",)
 
     def refusal(self, storage: Storage) -> str | None:
-        if reason := base.common_refusal(storage, self.title):
-            return reason
-        if storage.activation is not None:
-            return "AWQ files say nothing of how inputs are quantized"
-        if storage.one_scale:
-            return "AWQ files have a scale for every row and group, not one for a matrix"
-        if reason := base.bits_refusal(storage, self.title, (4,)):
+        if reason := base.weights_refusal(storage, self.title, (4,)):
             return reason
         if storage.symmetric:
             return "AWQ files have a zero-point for every group; symmetric=false has them"
@@ -78,19 +72,8 @@ class AWQFormat(CheckpointFormat):
             "scales": weight.scales.t().contiguous(),
         }
 
-    def scheme(
-        self,
-        quantization: Quantization,
-        path: str,
-        stored: Mapping[str, Stored],
-        shape: tuple[int, int],
-    ) -> Scheme:
-        return quantization.schemes[0]
-
-    def fields(
-        self, scheme: Scheme, stored: Mapping[str, Stored], shape: tuple[int, int]
-    ) -> dict[str, Expected]:
-        rows, columns = shape
+    def fields(self, scheme: Scheme, linear: Linear) -> dict[str, Expected]:
+        rows, columns = linear.shape
         groups = base.group_count(columns, scheme.group_size)
         return {
             "qweight": Expected(("I32",), (columns, rows // 8)),
@@ -99,17 +82,11 @@ class AWQFormat(CheckpointFormat):
         }
 
     def decode(
-        self,
-        quantization: Quantization,
-        scheme: Scheme,
-        tensors: Mapping[str, Tensor],
-        shape: tuple[int, int],
+        self, quantization: Quantization, layer: Layer, tensors: Mapping[str, Tensor]
     ) -> PackedWeight:
-        columns = shape[1]
-        size = columns if scheme.group_size is None else min(scheme.group_size, columns)
         scales = base.checked_scales(tensors["scales"].t())
         codes, zeros = (_restore(tensors[name]).t() for name in ("qweight", "qzeros"))
-        return affine(codes, scales, zeros, 4, size, scale_dtype=scales.dtype)
+        return affine(codes, scales, zeros, 4, layer.group_size, scale_dtype=scales.dtype)
 
 
 def _interleave(codes: Tensor) -> Tensor:

@@ -42,6 +42,31 @@ class Stored:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A packed linear of a folder: its path, its (rows, columns), its fields as the headers say."""
+
+    path: str
+    shape: tuple[int, int]
+    stored: Mapping[str, Stored]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The same once its headers fit: its scheme, its fields, and whether a bias is stored."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    fields: tuple[str, ...]
+    bias: bool
+
+    @property
+    def group_size(self) -> int:
+        """Columns of a group, which is the row where the scheme names none."""
+        size, columns = self.scheme.group_size, self.shape[1]
+        return columns if size is None else min(size, columns)
+
+
 class CheckpointFormat(ABC):
     """`marks`: fields by which a packed linear is known in a file."""
 
@@ -77,29 +102,17 @@ class CheckpointFormat(ABC):
     def encode(self, weight: AffineWeight) -> dict[str, Tensor]:
         """The tensors of one linear by field."""
 
-    @abstractmethod
-    def scheme(
-        self,
-        quantization: Quantization,
-        path: str,
-        stored: Mapping[str, Stored],
-        shape: tuple[int, int],
-    ) -> Scheme:
-        """How the linear `path` of this shape is stored. Raises: ModelError."""
+    def scheme(self, quantization: Quantization, linear: Linear) -> Scheme:
+        """How the linear is stored. Raises: ModelError."""
+        return quantization.scheme_of(linear.path)
 
     @abstractmethod
-    def fields(
-        self, scheme: Scheme, stored: Mapping[str, Stored], shape: tuple[int, int]
-    ) -> dict[str, Expected]:
+    def fields(self, scheme: Scheme, linear: Linear) -> dict[str, Expected]:
         """The tensors that the linear must have, beside its bias."""
 
     @abstractmethod
     def decode(
-        self,
-        quantization: Quantization,
-        scheme: Scheme,
-        tensors: Mapping[str, Tensor],
-        shape: tuple[int, int],
+        self, quantization: Quantization, layer: Layer, tensors: Mapping[str, Tensor]
     ) -> PackedWeight:
         """The inverse of `encode`; `tensors` have the expected shapes and dtypes.
 
@@ -114,6 +127,17 @@ def common_refusal(storage: Storage, title: str) -> str | None:
     if min(storage.outer) < 16:
         return f"readers of {title} files take embedding and head in 16 bits"
     return None
+
+
+def weights_refusal(storage: Storage, title: str, allowed: tuple[int, ...]) -> str | None:
+    """What formats of weights alone cannot say, which have a scale for every row and group."""
+    if reason := common_refusal(storage, title):
+        return reason
+    if storage.activation is not None:
+        return f"{title} files say nothing of how inputs are quantized"
+    if storage.one_scale:
+        return f"{title} files have a scale for every row and group, not one for a matrix"
+    return bits_refusal(storage, title, allowed)
 
 
 def bits_refusal(storage: Storage, title: str, allowed: tuple[int, ...]) -> str | None:
@@ -199,6 +223,15 @@ def checked_scales(scales: Tensor) -> Tensor:
     if bool((kept < 0).any()):
         raise ConfigError("scales are negative")
     return kept.contiguous()
+
+
+def columns_by_group(index: Tensor, size: int, field: str) -> Tensor:
+    """The order that puts the columns of a group side by side: int64 [columns] from the group of
+    each, int64 [columns]. Raises: ConfigError unless every group has `size` of them."""
+    order = torch.argsort(index, stable=True)
+    if not torch.equal(index[order], torch.arange(index.numel()) // size):
+        raise ConfigError(f"{field} does not put {size} columns into each group")
+    return order
 
 
 def group_count(columns: int, group_size: int | None) -> int:

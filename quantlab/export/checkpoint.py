@@ -64,7 +64,7 @@ def write(
     partial.mkdir(parents=True)
     try:
         _save_shards(partial, tensors, shard_bytes)
-        _save_config(partial, model, settings)
+        _save_config(partial, model, "bfloat16", settings)
         for file, document in format.more_files(settings).items():
             _write_json(partial / file, document)
         if folder.is_dir():
@@ -76,12 +76,23 @@ def write(
     return folder
 
 
-def _plain_tensors(model: LoadedModel) -> dict[str, Tensor]:
-    """All other weights by transformers' names, bfloat16, as its files have them."""
+def write_original(folder: Path, model: LoadedModel) -> None:
+    """The unquantized model in float32, in words that transformers of any release reads: what a
+    peer starts from. (Without `rope_theta`, transformers 4 takes 10,000 and says nothing.)
+
+    Raises: OSError on a full disk.
+    """
+    folder.mkdir(parents=True)
+    _save_shards(folder, _plain_tensors(model, torch.float32), SHARD_BYTES)
+    _save_config(folder, model, "float32", None)
+
+
+def _plain_tensors(model: LoadedModel, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """All weights that are not packed by transformers' names, as its files have them."""
     transposed = transposed_linears(model)
     found = {}
     for name, tensor in plain_weights(model.module).items():
-        kept = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        kept = tensor.to(dtype) if tensor.is_floating_point() else tensor
         path, _, field = name.rpartition(".")
         found[name] = kept.t() if field == "weight" and path in transposed else kept
     return found
@@ -101,7 +112,9 @@ def _save_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) 
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _save_config(folder: Path, model: LoadedModel, settings: Mapping[str, Any]) -> None:
+def _save_config(
+    folder: Path, model: LoadedModel, dtype: str, settings: Mapping[str, Any] | None
+) -> None:
     """config.json, generation_config.json and the tokenizer, in words that releases of transformers
     before 5 understand as well."""
     model.module.config.save_pretrained(folder)
@@ -110,7 +123,9 @@ def _save_config(folder: Path, model: LoadedModel, settings: Mapping[str, Any]) 
         generation.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     config = read_json(folder / "config.json")
-    config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16", "quantization_config": settings}
+    config |= {"dtype": dtype, "torch_dtype": dtype, "quantization_config": settings}
+    if settings is None:
+        del config["quantization_config"]
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]

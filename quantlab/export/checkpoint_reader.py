@@ -17,14 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import ConfigError, ModelError
-from quantlab.export.base import FLOATS, CheckpointFormat, Expected, Stored, check_fields
+from quantlab.export.base import (
+    FLOATS,
+    CheckpointFormat,
+    Expected,
+    Layer,
+    Linear,
+    Stored,
+    check_fields,
+)
 from quantlab.export.formats import FORMATS
 from quantlab.grid import all_finite
 from quantlab.layers import QuantLinear, replace_linear
 from quantlab.models import LoadedModel
 from quantlab.models.loading import load_tokenizer_of
 from quantlab.models.outline import Outline, outline_of, unfilled
-from quantlab.models.quantization import Quantization, Scheme, quantization_of
+from quantlab.models.quantization import Quantization, quantization_of
 from quantlab.models.shards import Shards, open_shards
 from quantlab.models.source import locate
 
@@ -37,16 +45,6 @@ CONSTANTS = (
 )
 """Ends of the names of constants that older checkpoints carry along."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One packed linear: its scheme, its fields, and whether a bias is stored."""
-
-    scheme: Scheme
-    shape: tuple[int, int]
-    fields: tuple[str, ...]
-    bias: bool
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def read(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LoadedModel
         if bias is not None and module.get_submodule(path).bias is None and not bool(bias.any()):
             bias = None  # AutoGPTQ gave every linear one
         try:
-            weight = format.decode(found.quantization, layer.scheme, tensors, layer.shape)
+            weight = format.decode(found.quantization, layer, tensors)
         except ConfigError as error:
             raise ModelError(f"{where}: {error}") from None
         kept = None if bias is None else bias.to(dtype)
@@ -176,13 +174,14 @@ def _layer(
         for name, entry in ((n, shards.table[f]) for n, f in names.items())
         if name.rpartition(".")[0] == path
     }
-    scheme = format.scheme(quantization, path, stored, (rows, columns))
-    fields = format.fields(scheme, stored, (rows, columns))
+    packed = Linear(path, (rows, columns), stored)
+    scheme = format.scheme(quantization, packed)
+    fields = format.fields(scheme, packed)
     check_fields(where, fields, stored)
     bias = "bias" in stored
     if bias or linear.bias is not None:
         check_fields(where, {"bias": Expected(FLOATS, (rows,))}, stored)
-    return Layer(scheme, (rows, columns), tuple(fields), bias)
+    return Layer(scheme, packed.shape, tuple(fields), bias)
 
 
 def _plain(

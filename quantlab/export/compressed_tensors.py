@@ -29,7 +29,7 @@ from torch import Tensor
 
 from quantlab.errors import ConfigError
 from quantlab.export import base
-from quantlab.export.base import CheckpointFormat, Expected, Stored
+from quantlab.export.base import CheckpointFormat, Expected, Layer, Linear, Stored
 from quantlab.export.words import from_words, to_words, words_for
 from quantlab.models.quantization import Quantization, Scheme
 from quantlab.packing import (
@@ -127,26 +127,15 @@ class CompressedTensorsFormat(CheckpointFormat):
             tensors["input_zero_point"] = torch.tensor([zero], dtype=torch.int8)
         return tensors
 
-    def scheme(
-        self,
-        quantization: Quantization,
-        path: str,
-        stored: Mapping[str, Stored],
-        shape: tuple[int, int],
-    ) -> Scheme:
-        return quantization.scheme_of(path)
-
-    def fields(
-        self, scheme: Scheme, stored: Mapping[str, Stored], shape: tuple[int, int]
-    ) -> dict[str, Expected]:
-        rows, columns = shape
+    def fields(self, scheme: Scheme, linear: Linear) -> dict[str, Expected]:
+        (rows, columns), stored = linear.shape, linear.stored
         groups = base.group_count(columns, scheme.group_size)
         scales = (1,) if scheme.one_scale else (rows, groups)
         if scheme.one_scale and stored.get("weight_scale", Stored("", ())).shape == (1, 1):
             scales = (1, 1)
         fields = {"weight_scale": Expected(base.FLOATS, scales)}
         if scheme.int8:
-            fields["weight"] = Expected(("I8",), shape)
+            fields["weight"] = Expected(("I8",), linear.shape)
         else:
             fields["weight_packed"] = Expected(("I32",), (rows, words_for(columns, scheme.bits)))
             fields["weight_shape"] = Expected(("I64", "I32"), (2,))
@@ -163,14 +152,10 @@ class CompressedTensorsFormat(CheckpointFormat):
         return fields
 
     def decode(
-        self,
-        quantization: Quantization,
-        scheme: Scheme,
-        tensors: Mapping[str, Tensor],
-        shape: tuple[int, int],
+        self, quantization: Quantization, layer: Layer, tensors: Mapping[str, Tensor]
     ) -> PackedWeight:
+        scheme, shape, size = layer.scheme, layer.shape, layer.group_size
         (rows, columns), bits = shape, scheme.bits
-        size = columns if scheme.group_size is None else min(scheme.group_size, columns)
         scales = base.checked_scales(tensors["weight_scale"])
         scales = scales.reshape(1, 1) if scheme.one_scale else scales
         zeros = tensors.get("weight_zero_point") if not scheme.symmetric else None
@@ -189,9 +174,7 @@ class CompressedTensorsFormat(CheckpointFormat):
             activation = _activation(scheme.activation, tensors)
         index, order = tensors.get("weight_g_idx"), None
         if index is not None and not bool((index.long() < 0).any()):  # -1: not used
-            order = torch.argsort(index.long(), stable=True)
-            if not torch.equal(index.long()[order], torch.arange(columns) // size):
-                raise ConfigError(f"weight_g_idx does not put {size} columns into each group")
+            order = base.columns_by_group(index.long(), size, "weight_g_idx")
             if torch.equal(order, torch.arange(columns)):
                 order = None
         made = affine(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.export import base
-from quantlab.export.base import CheckpointFormat, Expected, Stored
+from quantlab.export.base import CheckpointFormat, Expected, Layer, Linear
 from quantlab.export.words import from_words, to_words, words_for
 from quantlab.models.quantization import GPTQ_BITS, Quantization, Scheme
 from quantlab.packing import AffineWeight, PackedWeight, PermutedWeight, Storage, affine
@@ -44,13 +44,7 @@ class GPTQFormat(CheckpointFormat):
     conv1d = True
 
     def refusal(self, storage: Storage) -> str | None:
-        if reason := base.common_refusal(storage, self.title):
-            return reason
-        if storage.activation is not None:
-            return "GPTQ files say nothing of how inputs are quantized"
-        if storage.one_scale:
-            return "GPTQ files have a scale for every row and group, not one for a matrix"
-        return base.bits_refusal(storage, self.title, GPTQ_BITS)
+        return base.weights_refusal(storage, self.title, GPTQ_BITS)
 
     def shape_refusal(self, storage: Storage, rows: int, columns: int) -> str | None:
         if reason := base.group_refusal(storage, self.title, columns, GROUPS):
@@ -102,54 +96,43 @@ class GPTQFormat(CheckpointFormat):
             "g_idx": (torch.arange(weight.columns) // weight.group_size).to(torch.int32),
         }
 
-    def scheme(
-        self,
-        quantization: Quantization,
-        path: str,
-        stored: Mapping[str, Stored],
-        shape: tuple[int, int],
-    ) -> Scheme:
-        scheme = quantization.schemes[0]
+    def scheme(self, quantization: Quantization, linear: Linear) -> Scheme:
+        scheme, stored, shape = quantization.schemes[0], linear.stored, linear.shape
         found = stored["qweight"].shape
         if not quantization.by_layer or len(found) != 2 or not found[0]:
             return scheme
         # Settings by layer are patterns; the shapes say the same, and cannot be wrong.
         bits = found[0] * 32 // shape[1]
         if bits not in GPTQ_BITS:
-            raise ModelError(f"model: {path} has codes of {bits} bits; QuantLab reads {GPTQ_BITS}")
+            raise ModelError(
+                f"model: {linear.path} has codes of {bits} bits; QuantLab reads {GPTQ_BITS}"
+            )
         groups = stored["scales"].shape[0] if "scales" in stored else 1
         size = scheme.group_size
         if groups != base.group_count(shape[1], size):
             size = None if groups <= 1 else -(-shape[1] // groups)
         return Scheme(bits, size, scheme.symmetric)
 
-    def fields(
-        self, scheme: Scheme, stored: Mapping[str, Stored], shape: tuple[int, int]
-    ) -> dict[str, Expected]:
-        rows, columns = shape
+    def fields(self, scheme: Scheme, linear: Linear) -> dict[str, Expected]:
+        rows, columns = linear.shape
         groups = base.group_count(columns, scheme.group_size)
         fields = {
             "qweight": Expected(("I32",), (words_for(columns, scheme.bits), rows)),
             "qzeros": Expected(("I32",), (groups, words_for(rows, scheme.bits))),
             "scales": Expected(base.FLOATS, (groups, rows)),
         }
-        if "g_idx" in stored:
+        if "g_idx" in linear.stored:
             fields["g_idx"] = Expected(("I32", "I64"), (columns,))
         return fields
 
     def decode(
-        self,
-        quantization: Quantization,
-        scheme: Scheme,
-        tensors: Mapping[str, Tensor],
-        shape: tuple[int, int],
+        self, quantization: Quantization, layer: Layer, tensors: Mapping[str, Tensor]
     ) -> PackedWeight:
-        (rows, columns), bits = shape, scheme.bits
-        size = columns if scheme.group_size is None else min(scheme.group_size, columns)
+        (rows, columns), bits, size = layer.shape, layer.scheme.bits, layer.group_size
         codes = from_words(tensors["qweight"].t(), bits, columns)
         scales = base.checked_scales(tensors["scales"].t())
         stored_zeros = _zeros(tensors["qzeros"], bits, rows, quantization.zero_offset).t()
-        middle = scheme.symmetric and bool((stored_zeros == 2 ** (bits - 1)).all())
+        middle = layer.scheme.symmetric and bool((stored_zeros == 2 ** (bits - 1)).all())
         zeros = None if middle else stored_zeros
 
         def build(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> AffineWeight:
@@ -161,13 +144,10 @@ class GPTQFormat(CheckpointFormat):
         index = index.long()
         if int(index.min()) < 0 or int(index.max()) >= scales.shape[1]:
             raise ConfigError(f"g_idx names groups outside of 0 to {scales.shape[1] - 1}")
-        trivial = torch.arange(columns) // size
         first = index[::size]
-        if bool((first[trivial] == index).all()):
+        if bool((first[torch.arange(columns) // size] == index).all()):
             return build(codes, scales[:, first], None if zeros is None else zeros[:, first])
-        order = torch.argsort(index, stable=True)
-        if not torch.equal(index[order], trivial):
-            raise ConfigError(f"g_idx does not put {size} columns into each group")
+        order = base.columns_by_group(index, size, "g_idx")
         return PermutedWeight(build(codes[:, order], scales, zeros), order.to(torch.int32))
 
 

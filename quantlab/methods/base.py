@@ -21,6 +21,7 @@ from quantlab.calibration import ActStats, StatKind
 from quantlab.errors import ConfigError
 from quantlab.models import Block, LoadedModel
 from quantlab.packing import PackedWeight, Storage
+from quantlab.peers.environments import Peer
 from quantlab.training.workshop import Workshop
 from quantlab.types import OptionValue, VariantSpec
 
@@ -147,6 +148,9 @@ class Quantizer(ABC):
     with only those, and no folds), and then sees the error of the linears before them as well.
     `reads_files`: the weights lie quantized in files that an option names; `quantize_block` is
     never called.
+    `peer`: the program that quantizes the whole model in its own environment (`quantlab.peers`) and
+    leaves a checkpoint; `needs` is then what it collects by itself, `peer_seconds` about what it
+    takes for a model of the bundled one's size, and `quantize_block` is never called.
     `trains` says that the weights come from `train`, which takes long and can be gone on with after
     it was stopped; `quantize_block` is then what such a method gives without any training.
     """
@@ -160,9 +164,16 @@ class Quantizer(ABC):
     quantizes: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     reads_files: ClassVar[bool] = False
+    peer: ClassVar[Peer | None] = None
+    peer_seconds: ClassVar[float] = 0.0
     sees_error: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
     Config: ClassVar[type[Config]]
+
+    @property
+    def packs(self) -> bool:
+        """Whether `quantize_block` is asked: not for originals, files and peers."""
+        return self.quantizes and not self.reads_files and self.peer is None
 
     @abstractmethod
     def quantize_block(

@@ -8,6 +8,7 @@ chunk, exactly, while a variant is measured.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,11 @@ from torch import Tensor, nn
 from quantlab.errors import ModelError
 from quantlab.metrics.divergence import compare_logits
 from quantlab.metrics.intervals import SEGMENT_TOKENS, interval
-from quantlab.metrics.perplexity import perplexity, perplexity_interval
+from quantlab.metrics.perplexity import (
+    negative_log_likelihood,
+    perplexity,
+    perplexity_interval,
+)
 from quantlab.metrics.reading import Closeup
 from quantlab.models import LoadedModel
 from quantlab.paths import home
@@ -85,6 +90,22 @@ class Reference:
     def logits(self, window: int, start: int, stop: int) -> Tensor:
         with torch.inference_mode():
             return self.head(self.hidden[window, start:stop])
+
+    @property
+    def vocabulary(self) -> int:
+        return self.logits(0, 0, 1).shape[-1]
+
+    def perplexity(self, windows: Sequence[Tensor]) -> float:
+        """The original's own on these windows, read as `measure_quality` reads a variant."""
+        losses = [
+            negative_log_likelihood(
+                self.logits(index, start, stop), window[start + 1 : stop + 1]
+            ).double()
+            for index, window in enumerate(windows)
+            for start in range(0, window.numel() - 1, SEGMENT_TOKENS)
+            for stop in [min(start + SEGMENT_TOKENS, window.numel() - 1)]
+        ]
+        return math.exp(float(torch.cat(losses).mean()))
 
 
 @dataclass(frozen=True)

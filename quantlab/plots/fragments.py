@@ -101,6 +101,8 @@ def details(record: ResultRecord, say: Words) -> list[tuple[str, str]]:
     ]
     rows += allocation(record, say)
     rows += [(key.replace("_", " "), _plain(value)) for key, value in record.config.items()]
+    if peer := record.details.get("peer"):
+        rows.append((say("detail_peer"), f"{peer['peer']} {peer['version']} ({peer['settings']})"))
     rows += [(say("badge_fallback"), fallback) for fallback in record.fallbacks]
     if record.artifact:
         rows.append((say("detail_artifact"), record.artifact))

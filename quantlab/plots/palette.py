@@ -39,6 +39,9 @@ STYLES: dict[str, Style] = {
     "onnx_int8": Style("ONNX Runtime INT8", "#0f7681", "#4fb8c4"),
     "qat": Style("QAT", "#6b7a00", "#b5c334"),
     "mixed": Style("Mixed", "#9c2f4b", "#e07a94"),
+    "gptqmodel": Style("GPTQModel", "#1d4f91", "#7db3ec"),
+    "autogptq": Style("AutoGPTQ", "#4a6fa5", "#9cc0e4"),
+    "autoawq": Style("AutoAWQ", "#2f7d5b", "#63c9a0"),
     "checkpoint": Style("Checkpoint", "#4d5bd1", "#8f9bff"),
 }
 

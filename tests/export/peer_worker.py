@@ -33,6 +33,19 @@ def gptqmodel(folder: Path):
     return loaded, {path: layer.dequantize_weight().t() for path, layer in packed.items()}
 
 
+def gptq_transformers(folder: Path):
+    """transformers' GptqHfQuantizer by optimum, with GPTQModel's plain torch layers, float16."""
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = GPTQConfig(bits=settings["bits"], backend="torch")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float16, quantization_config=config
+    )
+    packed = {p: m for p, m in loaded.named_modules() if hasattr(m, "qweight")}
+    return loaded, {path: layer.dequantize_weight().t() for path, layer in packed.items()}
+
+
 def awq_transformers(folder: Path):
     """transformers' AwqQuantizer with GPTQModel's plain torch layers, float16."""
     from transformers import AutoModelForCausalLM, AwqConfig

@@ -33,6 +33,9 @@ CASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
         ("llama", "rtn:8:granularity=channel"),
         ("llama", "mixed:arithmetic=rtn:pattern=*.o_proj=16"),
     ]),
+    "gptq_transformers": ("gptqmodel", "gptq", [
+        ("qwen2", "rtn:4:symmetric=true"), ("llama", "rtn:4"), ("llama", "gptq:8:symmetric=true"),
+    ]),
     "awq_transformers": ("gptqmodel", "awq", [("qwen2", "rtn:4"), ("llama", "awq:4")]),
     "autoawq": ("awq", "awq", [("qwen2", "rtn:4"), ("llama", "awq:4")]),
     "compressed_tensors": ("gptqmodel", "compressed-tensors", [
@@ -43,6 +46,8 @@ CASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     ]),
 }  # fmt: skip
 
+MODULES = {"gptq_transformers": "optimum.gptq", "compressed_tensors": "compressed_tensors"}
+"""What the environment may lack, because it was not asked for at first."""
 ROUNDINGS = 48
 """Results that a token's state passes through in two blocks and the head, each rounded once: 7
 linears, 2 norms (3 roundings), the rotation, scores, softmax, 2 residuals, products and
@@ -58,7 +63,7 @@ def available(peer: str) -> str | None:
     python = environment(CASES[peer][0])
     if not python.is_file():
         return f"{python.relative_to(ROOT)} is not there: make peers"
-    module = peer if peer == "compressed_tensors" else "torch"
+    module = MODULES.get(peer, "torch")
     done = subprocess.run(
         [str(python), "-c", f"import importlib.util as u; assert u.find_spec({module!r})"],
         capture_output=True,

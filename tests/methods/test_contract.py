@@ -31,7 +31,7 @@ from tests.tiny import FAMILIES, FEW, block_of, logits, recorded_inputs, tiny, t
 
 pytestmark = pytest.mark.usefixtures("exact")
 
-QUANTIZING = [n for n, method in METHODS.items() if method.quantizes and not method.reads_files]
+QUANTIZING = [name for name, method in METHODS.items() if method.packs]
 PLAIN_SPECS = [
     parse_variant(f"{name}:{bits}" if bits else name)
     for name in QUANTIZING

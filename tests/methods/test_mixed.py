@@ -28,10 +28,11 @@ from quantlab.methods.mixed_config import (
 from quantlab.models import apply_fold, fold_scale, locate
 from quantlab.packing import AffineWeight, PackedWeight
 from quantlab.plots import fragments
+from quantlab.prepared import read_about
 from quantlab.results import ResultRecord
 from quantlab.sensitivity import Sensitivity
 from quantlab.types import RunSpec, VariantSpec, ignore
-from quantlab.variants import prepare_variant, read_about
+from quantlab.variants import prepare_variant
 from tests.records import record
 from tests.tiny import GENERIC, block_of, recorded_inputs, saved, tiny, token_ids
 

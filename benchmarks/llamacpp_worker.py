@@ -6,6 +6,7 @@ Its seconds are of the whole call: reading the float file, quantizing, and writi
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import time
@@ -31,7 +32,7 @@ def main() -> None:
         written = given.out / "model.gguf"
         started = time.perf_counter()
         failed = llama_cpp.llama_model_quantize(
-            bytes(given.model), bytes(written), llama_cpp.llama_cpp.ctypes.byref(settings)
+            bytes(given.model), bytes(written), ctypes.byref(settings)
         )
         runs.append(time.perf_counter() - started)
         if failed:

@@ -1,0 +1,1 @@
+"""What a peer's own Python runs: nothing here imports anything of QuantLab."""
