@@ -57,6 +57,13 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return best
 
 
+def measure_machine() -> None:
+    """Measure this machine now, while nothing else goes on, rather than with the first estimate: a
+    browser that draws the page for the first time takes both cores of a small machine."""
+    for dtype in (torch.float32, torch.bfloat16):
+        matmul_rate(dtype)
+
+
 @functools.cache
 def parameter_count(model: str) -> int | None:
     """Weights of a catalogued model or of local files; None where it cannot be known yet."""

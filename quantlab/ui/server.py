@@ -13,6 +13,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quantlab.estimate import measure_machine
 from quantlab.ui.client import Client
 from quantlab.ui.painter import paint
 from quantlab.ui.services import services
@@ -158,6 +159,7 @@ def launch(demo: gr.Blocks, argv: Sequence[str] | None = None, **options: Any) -
     """Start the job queue and serve the page until it is stopped; prints the address."""
     given = arguments(argv)
     services()
+    measure_machine()
     paint(Client(), "", {}, first=True)  # What the first visitor would wait for, as it takes once.
     # The style sheet is not given as `css_paths=`: Gradio would put a prefix before every comma,
     # also before those inside `:is(a, b)`.
