@@ -208,9 +208,10 @@ def repaint(painting: Painting, client: Client, at: Services) -> None:
     mark = (labs.mark(at.store), client.language)
     statuses = {row[1]: row[2] for row in mark[0]}
     active = any(status in ACTIVE for status in statuses.values())
-    painting.put("lab_cancel", active, gr.Button(visible=active))
+    painting.put("lab_cancel", active, lambda: gr.Button(visible=active))
     painting.html("lab_progress", _progress(client, at, known, statuses) if known else "")
-    painting.put("lab_column", known is not None, gr.Column(visible=known is not None))
+    shown = known is not None
+    painting.put("lab_column", shown, lambda: gr.Column(visible=shown))
     if known is None:
         return
     running = [run for run, status in statuses.items() if status == "running"]
