@@ -10,10 +10,11 @@ import gradio as gr
 import pytest
 from gradio.utils import get_function_description
 
-from quantlab.ui import advisor, server
+from quantlab.ui import advisor, inspection_api, server
 from quantlab.ui.lessons import api
 
-FUNCTIONS = {function.__name__: function for function in (*api.FUNCTIONS, advisor.advise)}
+EVERY = (*api.FUNCTIONS, *inspection_api.FUNCTIONS, advisor.advise)
+FUNCTIONS = {function.__name__: function for function in EVERY}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

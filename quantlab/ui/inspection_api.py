@@ -19,11 +19,11 @@ def linear_costs(model: str = "bundled", measure: str = "kl", bits: int = 4) -> 
 
     Args:
         model: bundled, or a model that was read on the Inspect tab before.
-        measure: output (squared error of the linear's output, relative), weight (of its weights),
-            or kl (KL divergence of the whole model, nats a token).
+        measure: output or weight (relative squared error), or kl (nats a token, whole model).
         bits: 2, 3, 4, 5, 6 or 8; rounding to nearest, zero-point, groups of 64.
 
-    Returns: the value by the linear's name, such as 11.mlp.down_proj.
+    Returns:
+        the value by the linear's name, such as 11.mlp.down_proj.
     """
     try:
         if measure not in MEASURES:
@@ -46,8 +46,8 @@ def channel_maxima(
         alpha: migration strength, 0 to 1.
         model: bundled, or a model that was read on the Inspect tab before.
 
-    Returns: `before` and `after`, a number a channel; `after` is null where the architecture has
-        nothing that the scales can be folded into.
+    Returns:
+        `before` and `after`, a number a channel; `after` is null where no scales can be folded.
     """
     try:
         found = known(model)

@@ -20,14 +20,15 @@ from quantlab import precomputed
 from quantlab.plots.words import words
 from quantlab.store import Store
 from quantlab.types import Generation, RunSpec, VariantSpec
-from quantlab.ui import advisor
+from quantlab.ui import advisor, inspection_api
 from quantlab.ui.lessons import api
 from tests.browser.conftest import ROOT, App, Tab, start_app
 from tests.records import failed, record
 
 pytestmark = pytest.mark.browser
 
-FUNCTIONS = {function.__name__: function for function in (*api.FUNCTIONS, advisor.advise)}
+EVERY = (*api.FUNCTIONS, *inspection_api.FUNCTIONS, advisor.advise)
+FUNCTIONS = {function.__name__: function for function in EVERY}
 METHODS = ("bf16", "rtn", "gptq")
 HOSTILE = (
     "<img src=x onerror=window.__pwned=1><script>window.__pwned=1</script>"

@@ -37,7 +37,7 @@ def test_first_load_teaches_and_is_ready(tab: Tab, app: App) -> None:
     tab.open("?run=nonsense")
     expect(tab.find("#header h1")).to_have_text("QuantLab")
     expect(tab.find("#tabs").get_by_role("tab")).to_have_text(
-        ["Compare", "Outputs", "Learn", "Advisor", "Runs"]
+        ["Compare", "Outputs", "Inspect", "Learn", "Advisor", "Runs"]
     )
     names = ["BF16", "RTN 4-bit", "SmoothQuant 8-bit", "GPTQ 4-bit", "AWQ 4-bit", "GGUF Q4_K_M"]
     expect(tab.find(".ql-chip-name")).to_have_text(names)
@@ -436,7 +436,7 @@ def test_nothing_sticks_out_and_all_is_reachable(
     )
     tab = Tab(context.new_page(), app).open(f"?run={finished}")
     expect(tab.find("#figure-size .main-svg").first).to_be_visible()
-    for name in ("Compare", "Outputs", "Advisor", "Runs"):
+    for name in ("Compare", "Outputs", "Inspect", "Advisor", "Runs"):
         tab.show(name)
         wide = tab.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, (name, wide)
