@@ -194,7 +194,7 @@ def test_exports_download(tab: Tab, app: App, finished: str, tmp_path: Path) -> 
 def test_the_reproducing_command_is_copied(tab: Tab, finished: str) -> None:
     tab.open(f"?run={finished}")
     tab.show("Runs")
-    tab.page.get_by_role("button", name="Copy").click()
+    tab.page.get_by_role("button", name="Copy", exact=True).click()
     expect(tab.page.get_by_role("button", name="Copied")).to_be_visible()
     copied = tab.page.evaluate("navigator.clipboard.readText()")
     assert copied.startswith("python -m quantlab compare --model ")
@@ -412,7 +412,7 @@ def test_japanese_by_the_switch_and_back(tab: Tab, finished: str) -> None:
     tab.find("#language input").click()
     tab.page.get_by_role("option", name="日本語").click()
     expect(tab.find("#tabs").get_by_role("tab")).to_have_text(
-        ["比較", "出力", "学ぶ", "アドバイザー", "履歴"]
+        ["比較", "出力", "検査", "学ぶ", "アドバイザー", "履歴"]
     )
     expect(tab.find("#run")).to_have_text("比較を実行")
     expect(tab.find("#progress")).to_contain_text("測定")

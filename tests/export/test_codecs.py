@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantlab.errors import ConfigError
-from quantlab.export.base import CheckpointFormat, Stored, check_fields
+from quantlab.export.base import CheckpointFormat, Layer, Linear, Stored, check_fields
 from quantlab.export.formats import FORMATS
 from quantlab.export.words import from_words, to_words
 from quantlab.layers import QuantLinear
@@ -73,9 +73,11 @@ def decoded(
         field: Stored(DTYPES[tensor.dtype], tuple(tensor.shape))
         for field, tensor in tensors.items()
     }
-    scheme = format.scheme(said, "layer", stored, shape)
-    check_fields("layer", format.fields(scheme, stored, shape), stored)
-    return format.decode(said, scheme, tensors, shape)
+    linear = Linear("layer", shape, stored)
+    scheme = format.scheme(said, linear)
+    fields = format.fields(scheme, linear)
+    check_fields("layer", fields, stored)
+    return format.decode(said, Layer(scheme, shape, tuple(fields), bias=False), tensors)
 
 
 def same(first: PackedWeight, second: PackedWeight) -> None:
