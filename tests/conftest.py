@@ -37,6 +37,15 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantlab.texts.fast_bfloat16", lambda: False)
 
 
+@pytest.fixture
+def native_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in the pages that tests start: no native kernels, neither here nor remembered later."""
+    monkeypatch.setenv("QUANTLAB_NATIVE", "off")
+    dispatch.probe.cache_clear()
+    yield
+    dispatch.probe.cache_clear()
+
+
 @pytest.fixture(scope="module", params=[level.name for level in build.LEVELS])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every level in turn, chosen as a user would: by QUANTLAB_NATIVE."""

@@ -166,7 +166,7 @@ def test_an_answer_ends_with_the_context(name: str) -> None:
     prompt = "The river carried timber. " * 8
     read = len(encode_prompt(model.tokenizer, prompt))
     assert CONTEXT - 40 < read < CONTEXT
-    model.tokenizer = copy.copy(model.tokenizer)
+    model.tokenizer = copy.deepcopy(model.tokenizer)  # tests share it
     model.tokenizer.eos_token = None  # only the context ends it
     (found,) = answer_prompts(
         lambda choose: Session(model.module, choose),

@@ -50,7 +50,7 @@ def check():
 
 def quantize(job, clock):
     print("what a peer says by the way")
-    job.say("quantize", 1, 2)
+    job.step("quantize", 1, 2)
     asked = dict(ids=job.pieces, options=job.options, threads=job.threads)
     open({asked!r}, "w").write(json.dumps(asked))
     shutil.copytree({made!r}, job.checkpoint)

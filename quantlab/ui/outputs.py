@@ -15,7 +15,7 @@ from quantlab.ui import blind, forks, form
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
 from quantlab.ui.services import services
-from quantlab.ui.shared import BUSY, QUIET, WANTED, Shared, html, i18n
+from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
 
 
 @dataclass
@@ -70,13 +70,9 @@ def build(shared: Shared) -> Outputs:
         **BUSY,
     )
     shared.repaint.append(asked)
-    shared.repaint.append(reading.expand(_wanted, shared.painted, shared.painted, **QUIET))
+    shared.repaint.append(reading.expand(lambda: True, None, shared.opened, **QUIET))
     shared.repaint.append(tab.pieces["ask_cancel"].click(_cancel, shared.run_id, None, **QUIET))
     return tab
-
-
-def _wanted(painted: dict[str, str]) -> dict[str, str]:
-    return {**painted, WANTED: "yes"}
 
 
 def _ask(client: Client, run_id: str, text: str, tokens: float | None) -> tuple[Any, str]:

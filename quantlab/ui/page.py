@@ -23,7 +23,7 @@ from quantlab.ui.client import Client
 from quantlab.ui.messages import message
 from quantlab.ui.painter import SLOW, paint
 from quantlab.ui.services import services
-from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
+from quantlab.ui.shared import BUSY, QUIET, WANTED, Shared, html, i18n
 
 ARRIVE = "(told, saved) => [JSON.stringify(window.quantlab.client()), saved]"
 
@@ -31,7 +31,13 @@ ARRIVE = "(told, saved) => [JSON.stringify(window.quantlab.client()), saved]"
 def build() -> gr.Blocks:
     """The page, ready for `server.launch`. Nothing is started or computed."""
     with gr.Blocks(title="QuantLab", fill_width=True, analytics_enabled=False) as demo:
-        shared = Shared(gr.State(Client()), gr.State(""), gr.State({}), gr.State(""))
+        shared = Shared(
+            client=gr.State(Client()),
+            run_id=gr.State(""),
+            painted=gr.State({}),
+            fork=gr.State(""),
+            opened=gr.State(False),
+        )
         pieces: dict[str, Any] = {"timer": gr.Timer(SLOW)}
         told = gr.Textbox(visible="hidden", elem_id="client", container=False)
         probe = html("probe", "quantlab.watchClient(trigger)", events=("client", "linked"))
@@ -66,8 +72,11 @@ def build() -> gr.Blocks:
         chosen = [compare_tab.chips, compare_tab.options]
         inputs = [compare_tab.inputs[name] for name in form.FIELDS]
 
-        def tick(client: Client, run_id: str, painted: dict[str, str], fork: str) -> dict[Any, Any]:
-            painting = paint(client, run_id, painted, fork)
+        def tick(
+            client: Client, run_id: str, painted: dict[str, str], fork: str, opened: bool
+        ) -> dict[Any, Any]:
+            wanted = {WANTED: "yes"} if opened else {}
+            painting = paint(client, run_id, painted | wanted, fork)
             changed = {pieces[name]: value for name, value in painting.changed.items()}
             return changed | {shared.painted: painting.marks}
 
@@ -87,7 +96,7 @@ def build() -> gr.Blocks:
                 **{pieces[name]: value for name, value in painting.changed.items()},
             }
 
-        watched = [shared.client, shared.run_id, shared.painted, shared.fork]
+        watched = [shared.client, shared.run_id, shared.painted, shared.fork, shared.opened]
         shown = [*pieces.values(), shared.painted]
         arrived = demo.load(
             arrive,

@@ -53,17 +53,19 @@ def html(
 
 
 WANTED = "tokens wanted"
-"""A mark in `Shared.painted`: the paired token view was opened in this browser tab."""
+"""A mark beside the fingerprints: the paired token view was opened in this browser tab."""
 
 
 @dataclass
 class Shared:
     """`client`: a Client; `run_id`: the run in view ('' for none); `painted`: fingerprints of what
-    this browser tab shows, by piece; `fork`: what the fork explorer shows, as its buttons name it.
+    this browser tab shows, by piece; `fork`: what the fork explorer shows, as its buttons name it;
+    `opened`: whether the paired token view was opened, which no tick may forget that began before.
     After each event of `repaint` the page is painted anew."""
 
     client: gr.State
     run_id: gr.State
     painted: gr.State
     fork: gr.State
+    opened: gr.State
     repaint: list[Any] = field(default_factory=list)

@@ -256,7 +256,6 @@ def largest_input(folder: Path, path: str) -> float:
 def compared(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The KL divergence that a comparison shows for one linear at 3 bits, in the app's engine."""
     monkeypatch.setenv("QUANTLAB_HOME", str(home))
-    monkeypatch.setenv("QUANTLAB_NATIVE", "off")
     options = {
         "arithmetic": "rtn", "attention_bits": 16, "feed_forward_bits": 16,
         "pattern": "1.mlp.down_proj=3",
@@ -270,7 +269,11 @@ def compared(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_model_of_ones_own(
-    page: Page, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Page,
+    model: Path,
+    tmp_path: Path,
+    native_off: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     page.section("inspect-other")
     page.fill("model", str(model / "nowhere"))

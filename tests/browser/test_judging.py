@@ -105,9 +105,8 @@ def test_a_chain_of_forks(
     app: App,
     finished: str,
     tab: Tab,
-    monkeypatch: pytest.MonkeyPatch,
+    native_off: None,
 ) -> None:
-    monkeypatch.setenv("QUANTLAB_NATIVE", "off")  # as in the app
     run = Store(app.home).run(finished)
     answers = {r.variant: r.outputs[0] for r in run.records}
     original, own = answers["bf16"], answers["rtn:4"]
@@ -175,9 +174,8 @@ def test_the_lab_fills_its_matrix(
     model: Path,
     tab: Tab,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    native_off: None,
 ) -> None:
-    monkeypatch.setenv("QUANTLAB_NATIVE", "off")
     tab.open()
     tab.show("Inspect")
     tab.show("Calibration lab")

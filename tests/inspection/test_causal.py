@@ -57,12 +57,12 @@ def test_the_value_is_that_of_a_comparison(
     names: tuple[str, str],
     tmp_path: Path,
     home: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """A comparison with only that linear quantized, in the native decoder and in torch; and the
     floor is the comparison of the model in 16 bits. Equal to the last digit."""
     if native:
-        monkeypatch.setenv("QUANTLAB_NATIVE", native)
+        request.getfixturevalue("native_off")
     folder = saved(tmp_path / "model", name)
     _, found = measure(locate(str(folder)), SETTING, names, lambda *_: None)
     variants = [SETTING.variant(one) for one in names]

@@ -39,7 +39,7 @@ def quantize(job: Any, clock: Any) -> dict[str, Any]:
         def _get_input_feat(self, *args: Any, **kwargs: Any) -> Any:
             """The first thing it does in a block."""
             nonlocal done
-            job.say("quantize", done, len(self.modules))
+            job.step("quantize", done, len(self.modules))
             done += 1
             return super()._get_input_feat(*args, **kwargs)
 

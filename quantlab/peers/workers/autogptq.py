@@ -37,7 +37,7 @@ def quantize(job: Any, clock: Any) -> dict[str, Any]:
     model = AutoGPTQForCausalLM.from_pretrained(str(job.model), settings)
     total = int(model.model.config.num_hidden_layers)
     load_seconds = clock.lap()
-    job.say("quantize", 0, total)
+    job.step("quantize", 0, total)
     model.quantize(examples)
     seconds = clock.lap()
     model.save_quantized(str(job.checkpoint), use_safetensors=True)

@@ -38,11 +38,11 @@ def quantize(job: Any, clock: Any) -> dict[str, Any]:
     def layer_complete(layer_idx: int, submodule_finalized: bool) -> None:
         nonlocal done
         done = max(done, layer_idx + 1)
-        job.say("quantize", min(done, total), total)
+        job.step("quantize", min(done, total), total)
 
     model.layer_callback = layer_complete
     load_seconds = clock.lap()
-    job.say("quantize", 0, total)
+    job.step("quantize", 0, total)
     model.quantize(calibration, batch_size=1)
     seconds = clock.lap()
     model.save(str(job.checkpoint))

@@ -35,7 +35,7 @@ REASON_CHARACTERS = 300
 @dataclass(frozen=True)
 class Job:
     """`model`: a folder that transformers reads; `pieces`: calibration tokens, all of one length;
-    `options`: those of the method; `blocks`: only so many, 0 is all; `say` is told how far it is.
+    `options`: those of the method; `blocks`: only so many, 0 is all; `step` is told how far it is.
     """
 
     model: Path
@@ -44,7 +44,7 @@ class Job:
     options: dict[str, Any]
     threads: int
     blocks: int
-    say: Callable[[str, int, int], None]
+    step: Callable[[str, int, int], None]
 
 
 class Clock:
@@ -78,7 +78,7 @@ def main() -> int:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    def say(stage: str, done: int, total: int) -> None:
+    def step(stage: str, done: int, total: int) -> None:
         tell({"stage": stage, "done": done, "total": total})
 
     pieces = json.loads(given.ids.read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def main() -> int:
         given.options,
         given.threads,
         given.blocks,
-        say,
+        step,
     )
     try:
         report = work(given.recipe, job)
@@ -114,7 +114,7 @@ def work(recipe: Path, job: Job) -> dict[str, Any]:
         raise SystemExit(f"there is no {recipe.name}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    job.say("load", 0, 1)
+    job.step("load", 0, 1)
     import torch
 
     torch.set_num_threads(job.threads)
