@@ -37,14 +37,75 @@
     step: Number(new URL(location.href).searchParams.get("step")) || 1,
   });
 
+  // Events of the page's own markup go to the server one after another, by component: Gradio drops
+  // one that comes while another of its kind is on its way. `answered` is told after each.
+  const lines = {};
+  const line = (id) => (lines[id] ??= { waiting: [], patience: null, trigger: null });
+  function advance(id) {
+    const own = line(id);
+    if (own.patience || !own.trigger || !own.waiting.length) return;
+    own.patience = setTimeout(() => answered(id), 20000); // What ends in an error is not answered.
+    own.trigger(...own.waiting.shift());
+  }
+  function answered(id) {
+    const own = line(id);
+    clearTimeout(own.patience);
+    // Gradio still holds the event for answered until this task is over.
+    own.patience = setTimeout(() => {
+      own.patience = null;
+      advance(id);
+    }, 0);
+  }
+  function inLine(id, trigger) {
+    line(id).trigger = trigger;
+    setTimeout(() => advance(id), 0);
+    return (name, data) => {
+      line(id).waiting.push([name, data]);
+      advance(id);
+    };
+  }
+
+  // Have the page painted as it is now: by the timer unless a look is on its way, and after what a
+  // person did in any case. One look at a time, so that no older answer follows a newer one.
+  function look() {
+    const own = line("probe");
+    if (!own.waiting.some(([name]) => name === "look")) own.waiting.push(["look", {}]);
+    advance("probe");
+  }
+  const tick = () => line("probe").patience || look();
+
+  // A tab that was opened before the server knew the language and the theme is drawn again.
+  function arrived() {
+    const open = document.querySelector("#tabs [role=tab][aria-selected=true]");
+    if (open && open.id !== "tab-compare-button") {
+      line("probe").waiting.push(["client", client()]);
+    }
+    look();
+  }
+
+  // A press on a button counts although the page has moved under the pointer before its release,
+  // because an estimate or a message has just come above it: the browser would make no click of it.
+  document.addEventListener("pointerdown", (down) => {
+    const button = down.button === 0 && down.pointerType === "mouse" && down.target.closest?.("button");
+    if (!button) return;
+    let clicked = false;
+    const see = (event) => (clicked ||= button.contains(event.target));
+    document.addEventListener("click", see, true);
+    document.addEventListener("pointerup", (up) => setTimeout(() => {
+      document.removeEventListener("click", see, true);
+      const stayed = Math.hypot(up.clientX - down.clientX, up.clientY - down.clientY) < 5;
+      if (stayed && !clicked && button.isConnected && !button.disabled) button.click();
+    }, 0), { capture: true, once: true });
+  }, true);
+
   // Tell the server when the theme or the language changes while the page is open.
   // And once the page has arrived, when its address names a lesson.
   function watchClient(trigger) {
-    const arrived = () => {
+    const linked = () => {
       if (document.querySelector("#header [data-run]")) trigger("linked", client());
-      else setTimeout(arrived, 50);
+      else setTimeout(linked, 50);
     };
-    if (client().lesson) arrived();
+    if (client().lesson) linked();
     let last = JSON.stringify([dark(), language()]);
     const look = () => {
       const now = JSON.stringify([dark(), language()]);
@@ -425,5 +486,5 @@
     });
   }
 
-  window.quantlab = { lesson, cells, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal, tokens };
+  window.quantlab = { inLine, answered, look, tick, arrived, lesson, cells, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal, tokens };
 })();

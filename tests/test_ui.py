@@ -400,21 +400,33 @@ def test_run_queues_once_and_says_so(
 ) -> None:
     monkeypatch.setattr(actions.pipeline, "validate", lambda spec: None)
     values = form.defaults()
-    first = actions.start(ENGLISH, "", *(values[name] for name in form.FIELDS))
-    again = actions.start(ENGLISH, first[0], *(values[name] for name in form.FIELDS))
+    first = actions.start(ENGLISH, "", actions.Refused(), *(values[name] for name in form.FIELDS))
+    again = actions.start(
+        ENGLISH, first[0], actions.Refused(), *(values[name] for name in form.FIELDS)
+    )
     assert again[0] == first[0]
     assert "already" in again[1 + form.PLACES.index("run")]
     other = values | {"seed": 1}
-    queued = actions.start(ENGLISH, first[0], *(other[name] for name in form.FIELDS))
+    queued = actions.start(
+        ENGLISH, first[0], actions.Refused(), *(other[name] for name in form.FIELDS)
+    )
     assert "Queued" in queued[1 + form.PLACES.index("run")]
     assert len(at.queue.waiting()) == 2
 
 
 def test_bad_input_queues_nothing(at: services.Services) -> None:
     values = form.defaults() | {"model": "/no/such/folder"}
-    told = actions.start(ENGLISH, "", *(values[name] for name in form.FIELDS))
-    assert "no such file or folder" in told[1 + form.PLACES.index("model")]
+    refused = actions.Refused()
+    told = actions.start(ENGLISH, "", refused, *(values[name] for name in form.FIELDS))
+    place = form.PLACES.index("model")
+    assert "no such file or folder" in told[1 + place]
     assert at.queue.waiting() == []
+    # A look at the same form that ends after Run was pressed leaves the message where it is.
+    looked = actions.look(ENGLISH, refused, *(values[name] for name in form.FIELDS))
+    assert looked[2 + place] == told[1 + place]
+    changed = values | {"model": "bundled"}
+    looked = actions.look(ENGLISH, refused, *(changed[name] for name in form.FIELDS))
+    assert looked[2 + place] == ""
 
 
 def test_an_upload_outlives_its_temporary_file(at: services.Services, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,19 @@ def no_estimate(client: Client) -> str:
     return render("estimate_none.html", client.language)
 
 
-def look(client: Client, *values: Any) -> list[Any]:
-    """The form has changed: estimate it again, keep it in the browser, show what is wrong."""
+@dataclass
+class Refused:
+    """What Run said last of a form, in one browser tab; None where it took it. It is shared by the
+    events of the tab as they run, so that a look that began before Run was pressed and ends later
+    does not take the message away."""
+
+    form: dict[str, Any] | None = None
+    error: QuantLabError | None = None
+
+
+def look(client: Client, refused: Refused, *values: Any) -> list[Any]:
+    """The form has changed: estimate it again, keep it in the browser, show what is wrong. What Run
+    refused stays refused until something is changed."""
     data = dict(zip(form.FIELDS, values, strict=True))
     problem = None
     try:
@@ -88,6 +100,8 @@ def look(client: Client, *values: Any) -> list[Any]:
         shown = estimate_html(client, spec)
     except QuantLabError as error:
         shown, problem = no_estimate(client), error
+    if problem is None and data == refused.form:
+        problem = refused.error
     messages = placed(problem, client)
     at_run = form.PLACES.index("run")
     if not messages[at_run]:  # What the Run button said last stays until it is pressed again.
@@ -95,17 +109,19 @@ def look(client: Client, *values: Any) -> list[Any]:
     return [shown, data, *messages]
 
 
-def start(client: Client, run_id: str, *values: Any) -> list[Any]:
+def start(client: Client, run_id: str, refused: Refused, *values: Any) -> list[Any]:
     """Queue the comparison of the form; an error stays beside the control it is about."""
     say = client.say
+    refused.form, refused.error = dict(zip(form.FIELDS, values, strict=True)), None
     try:
-        spec = form.spec_of(dict(zip(form.FIELDS, values, strict=True)), say)
+        spec = form.spec_of(refused.form, say)
         pipeline.validate(spec)
         queue = services().queue
         before = {queue.active(), *queue.waiting()} - {None}
         new = queue.submit(spec)
         view = queue.view(new)
     except QuantLabError as error:
+        refused.error = error
         return [gr.skip(), *placed(error, client)]
     if new in before:
         return [new, *placed(None, client, say("run_same", status=say(f"status_{view.status}")))]

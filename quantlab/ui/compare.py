@@ -241,12 +241,13 @@ def _connect(tab: Compare, shared: Shared) -> None:
     inputs = [tab.inputs[name] for name in form.FIELDS]
     places = [tab.messages[place] for place in form.PLACES]
     accordions = [tab.accordions[name] for name in ("texts", "prompts", "advanced")]
+    refused = gr.State(actions.Refused())
 
     gr.on(
         [component.input for name, component in tab.inputs.items() if name != "variants"]
         + [tab.inputs[name].change for name in ("variants", "calibration", "text")],
         actions.look,
-        [shared.client, *inputs],
+        [shared.client, refused, *inputs],
         [tab.estimate, tab.saved, *places, *accordions],
         trigger_mode="always_last",
         **BUSY,
@@ -259,7 +260,7 @@ def _connect(tab: Compare, shared: Shared) -> None:
     )
     started = tab.run.click(
         actions.start,
-        [shared.client, shared.run_id, *inputs],
+        [shared.client, shared.run_id, refused, *inputs],
         [shared.run_id, *places, *accordions],
         **BUSY,
     )

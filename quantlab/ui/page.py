@@ -21,6 +21,7 @@ from quantlab.ui import (
 )
 from quantlab.ui.client import Client
 from quantlab.ui.messages import message
+from quantlab.ui.order import LOOK, keep
 from quantlab.ui.painter import SLOW, paint
 from quantlab.ui.services import services
 from quantlab.ui.shared import BUSY, QUIET, WANTED, Shared, html, i18n
@@ -40,7 +41,7 @@ def build() -> gr.Blocks:
         )
         pieces: dict[str, Any] = {"timer": gr.Timer(SLOW)}
         told = gr.Textbox(visible="hidden", elem_id="client", container=False)
-        probe = html("probe", "quantlab.watchClient(trigger)", events=("client", "linked"))
+        probe = html("probe", "quantlab.watchClient(trigger)", events=("client", "linked", "look"))
         with gr.Row(elem_id="frame", equal_height=False):
             pieces["header"] = html("header", "quantlab.followRun(element, watch)", scale=1)
             language = gr.Dropdown(
@@ -119,7 +120,8 @@ def build() -> gr.Blocks:
             **BUSY,
         )
         language.input(None, language, None, js="(code) => window.quantlab.setLanguage(code)")
-        pieces["timer"].tick(tick, watched, shown, **QUIET)
+        probe.look(tick, watched, shown, **QUIET)
+        pieces["timer"].tick(None, None, None, js="() => window.quantlab.tick()", **QUIET)
         learn_tab.arrive(probe.linked, tabs)
         for event in [told_anew, learn_page.select(lambda: None, **QUIET)]:
             learn_tab.redraw(event)
@@ -128,19 +130,11 @@ def build() -> gr.Blocks:
         inspection.connect_compare(inspect_tab, tabs, compare_tab.inputs, compare_tab.options)
         for ask in (advisor_page.select, told_anew.then):
             ask(advisor.answered, advisor_tab.arguments, advisor_tab.outputs, **QUIET)
-        for event in [arrived, told_anew, opened, used, *shared.repaint]:
-            event.then(tick, watched, shown, **QUIET)
-        _without_progress(demo)
+        arrived.then(None, None, None, js="() => window.quantlab.arrived()", **QUIET)
+        for event in [told_anew, opened, used, *shared.repaint]:
+            event.then(None, None, None, **LOOK)
+        keep(demo)
     return demo
-
-
-def _without_progress(demo: gr.Blocks) -> None:
-    """Events whose progress is hidden tell no component of it. By default Gradio tells every output
-    of every event whenever any event starts or ends, and looks each up in the whole page: while a
-    run is watched, that took half of a core in the browser."""
-    for event in demo.fns.values():
-        if event.show_progress == "hidden":
-            event.show_progress_on = []
 
 
 def _arrive(told: str, saved: object) -> tuple[Client, dict[str, Any], str]:

@@ -43,6 +43,8 @@ def html(
 ) -> Any:
     """A gr.HTML for the page's own markup. `events` are those its script triggers, by name."""
     named = f"/* {' '.join(repr(event) for event in events)} */ " if events else ""
+    if events:  # One after another; `order.keep` tells it when each is answered.
+        code = f"trigger = quantlab.inLine('{elem_id}', trigger); {code}"
     return gr.HTML(
         options.pop("value", ""),
         elem_id=elem_id,

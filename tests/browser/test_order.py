@@ -1,0 +1,81 @@
+"""What a person does on a slow page: nothing is lost, and nothing older follows something newer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from playwright.sync_api import Route, expect
+
+from quantlab.store import Store
+from tests.browser.conftest import App, Tab
+
+
+def test_a_tab_opened_before_the_page_arrived_speaks_the_language_too(tab: Tab) -> None:
+    """The server learns the language with the page's first queued event, which is held back."""
+    held: list[Route] = []
+    released: list[bool] = []
+    tab.page.context.add_cookies(
+        [{"name": "quantlab_language", "value": "ja", "url": tab.app.url}],
+    )
+    tab.page.route(
+        "**/queue/join*", lambda route: route.continue_() if released else held.append(route)
+    )
+    tab.page.goto(tab.app.url)
+    tab.show("アドバイザー")
+    expect(tab.find("#advisor-answer")).to_contain_text("Variants on this device")
+    assert held
+    for route in held:
+        route.continue_()
+    held.clear()
+    released.append(True)
+    expect(tab.find("#advisor-answer")).to_contain_text("この装置でのバリアント")
+
+
+def test_clicks_and_edits_in_quick_succession_all_count(tab: Tab, app: App, model: Path) -> None:
+    tab.open()
+    tab.small(model, seed=18)
+    tab.only_variants("BF16", "RTN 4-bit", "GPTQ 4-bit")
+
+    # A press whose button moves before the release, as when a message appears above it.
+    tab.number("group-size", 0)
+    expect(tab.find("#message-advanced [role=alert]")).to_be_visible()
+    run = tab.find("#run")
+    run.scroll_into_view_if_needed()
+    box = run.bounding_box()
+    assert box is not None
+    tab.page.evaluate("window.clicks = 0; run.addEventListener('click', () => window.clicks++)")
+    tab.page.mouse.move(box["x"] + 20, box["y"] + box["height"] / 2)
+    tab.page.mouse.down()
+    tab.page.evaluate("document.querySelector('#estimate').style.marginBottom = '200px'")
+    tab.page.mouse.up()
+    tab.page.wait_for_function("window.clicks === 1")
+    tab.page.evaluate("document.querySelector('#estimate').style.marginBottom = ''")
+    run.click()  # One that is not moved is one click, not two.
+    tab.page.evaluate("new Promise((done) => setTimeout(done, 50))")
+    assert tab.page.evaluate("window.clicks") == 2
+    tab.number("group-size", 32)
+
+    # Two options at once, then all chips at once.
+    tab.section("options")
+    expect(tab.find("#options-panel [data-option=refit]")).to_be_attached()
+    tab.page.evaluate(
+        """() => {
+            for (const [name, value] of [["damp_percent", "0.25"], ["refit", false]]) {
+                const control = document.querySelector(
+                    `#options-panel [data-option=${name}]`);
+                if (control.type === "checkbox") control.checked = value;
+                else control.value = value;
+                control.dispatchEvent(new Event("change", { bubbles: true }));
+            }
+        }"""
+    )
+    expect(tab.find(".ql-chip-changed")).to_have_count(1)
+    run_id = tab.run()
+    variant = Store(app.home).run_head(run_id).spec.variants[2]
+    assert json.dumps(dict(variant.options), sort_keys=True) == (
+        '{"damp_percent": 0.25, "refit": false}'
+    )
+    tab.find("#cancel").click()
+    tab.page.evaluate("document.querySelectorAll('#chips [data-remove]').forEach((x) => x.click())")
+    expect(tab.find(".ql-chip")).to_have_count(0)
