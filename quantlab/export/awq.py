@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantlab.errors import ConfigError
 from quantlab.export import base
-from quantlab.export.base import CheckpointFormat, Expected, Layer, Linear
+from quantlab.export.base import Expected, IntegerFormat, Layer, Linear
 from quantlab.export.words import from_words, to_words
 from quantlab.models.quantization import Quantization, Scheme
 from quantlab.packing import AffineWeight, PackedWeight, Storage, affine
@@ -31,7 +31,7 @@ GROUPS = (16, 32, 64, 128)
 """Group sizes that readers take, beside a whole row."""
 
 
-class AWQFormat(CheckpointFormat):
+class AWQFormat(IntegerFormat):
     name = "awq"
     title = "AWQ"
     marks = ("qweight",)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from quantlab.grid import all_finite
 from quantlab.models.quantization import FormatName, Quantization, Scheme
 from quantlab.packing import AffineWeight, PackedWeight, Storage
 
+Kept = TypeVar("Kept", bound=PackedWeight)
 FLOATS = ("F16", "BF16", "F32")
 REPRESENTATIONS = {
     "codebook": "codebooks",
@@ -67,14 +68,23 @@ class Layer:
         return columns if size is None else min(size, columns)
 
 
-class CheckpointFormat(ABC):
-    """`marks`: fields by which a packed linear is known in a file."""
+class CheckpointFormat(ABC, Generic[Kept]):
+    """`marks`: fields by which a packed linear is known in a file. `Kept`: the weights it holds."""
 
     name: ClassVar[FormatName]
     title: ClassVar[str]
     marks: ClassVar[tuple[str, ...]]
     conv1d: ClassVar[bool] = False
     """Whether readers take GPT-2's transposed linears (Conv1D)."""
+
+    def split(self, name: str) -> tuple[str, str]:
+        """The path of a linear and the field that a tensor's name stands for."""
+        path, _, field = name.rpartition(".")
+        return path, field
+
+    @abstractmethod
+    def own(self, path: str, weight: PackedWeight) -> Kept:
+        """The weight, if it is one that the format holds. Raises: ConfigError."""
 
     @abstractmethod
     def refusal(self, storage: Storage) -> str | None:
@@ -86,7 +96,7 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def settings(
-        self, packed: Mapping[str, AffineWeight], inner: Sequence[str], outer: Sequence[str]
+        self, packed: Mapping[str, Kept], inner: Sequence[str], outer: Sequence[str]
     ) -> dict[str, Any]:
         """The `quantization_config` of these linears; `inner` and `outer` are the paths of linears
         left in 16 bits, within the blocks and elsewhere.
@@ -99,7 +109,7 @@ class CheckpointFormat(ABC):
         return {}
 
     @abstractmethod
-    def encode(self, weight: AffineWeight) -> dict[str, Tensor]:
+    def encode(self, weight: Kept) -> dict[str, Tensor]:
         """The tensors of one linear by field."""
 
     def scheme(self, quantization: Quantization, linear: Linear) -> Scheme:
@@ -124,6 +134,11 @@ def common_refusal(storage: Storage, title: str) -> str | None:
     """What no format of packed integers can say."""
     if storage.representation != "affine":
         return f"{title} files hold no {REPRESENTATIONS[storage.representation]}"
+    return outer_refusal(storage, title)
+
+
+def outer_refusal(storage: Storage, title: str) -> str | None:
+    """Embedding and head below 16 bits, which no format of folders can say."""
     if min(storage.outer) < 16:
         return f"readers of {title} files take embedding and head in 16 bits"
     return None
@@ -169,11 +184,14 @@ def _listed(values: Iterable[int]) -> str:
     return first if not rest else f"{', '.join([first, *rest[:-1]])} and {rest[-1]}"
 
 
-def affine_only(path: str, weight: PackedWeight, title: str) -> AffineWeight:
-    """The weight, if it is one that integer formats hold. Raises: ConfigError."""
-    if not isinstance(weight, AffineWeight):
-        raise ConfigError(f"{title} files hold integer codes; {path} is {type(weight).__name__}")
-    return weight
+class IntegerFormat(CheckpointFormat[AffineWeight]):
+    """A format of integer codes on grids."""
+
+    def own(self, path: str, weight: PackedWeight) -> AffineWeight:
+        if not isinstance(weight, AffineWeight):
+            kind = type(weight).__name__
+            raise ConfigError(f"{self.title} files hold integer codes; {path} is {kind}")
+        return weight
 
 
 def group_of(weight: AffineWeight) -> int | None:

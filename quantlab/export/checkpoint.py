@@ -1,7 +1,7 @@
 """Folders of quantized weights that others load: safetensors, config.json and the tokenizer.
 
-What stands in a linear's tensors is decided in `gptq`, `awq` and `compressed_tensors`; reading is
-in `checkpoint_reader`.
+What stands in a linear's tensors is decided in `gptq`, `awq`, `compressed_tensors` and
+`bitsandbytes`; reading is in `checkpoint_reader`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from quantlab.errors import ConfigError
-from quantlab.export.base import affine_only
 from quantlab.export.formats import FORMATS
 from quantlab.export.quantlab_format import plain_weights
 from quantlab.models import LoadedModel
@@ -51,7 +50,7 @@ def write(
     """
     check_target(folder)
     format = FORMATS[name]
-    weights = {path: affine_only(path, w, format.title) for path, w in packed.items()}
+    weights = {path: format.own(path, weight) for path, weight in packed.items()}
     inside = f"{model.family.blocks}."
     plain = [p for p, m in model.module.named_modules() if isinstance(m, nn.Linear)]
     inner = [path for path in plain if path.startswith(inside)]

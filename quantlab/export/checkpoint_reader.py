@@ -1,6 +1,6 @@
 """Folders that others quantized, on QuantLab's own layers.
 
-    model, about = read(folder)     # GPTQ, AWQ or compressed-tensors, from anywhere
+    model, about = read(folder)     # of any format in FORMATS, from anywhere
 
 Every header is held against the shapes that config.json implies before a weight is loaded, so that
 a damaged or hostile folder costs neither memory nor time.
@@ -85,14 +85,20 @@ def survey(folder: Path) -> Survey:
     shape = outline_of(folder)
     names = _names(shards, shape)
     format = FORMATS[quantization.format]
-    paths = sorted({name.rpartition(".")[0] for name in names if _field(name) in format.marks})
+    parts = {name: format.split(name) for name in names}
+    paths = sorted({path for path, field in parts.values() if field in format.marks})
     if not paths:
         raise ModelError(
             f"model: {folder.name} says that it is {format.title}, but holds no {format.marks[0]}"
         )
+    stored: dict[str, dict[str, Stored]] = {path: {} for path in paths}
+    for name, (path, field) in parts.items():
+        if path in stored:
+            entry = shards.table[names[name]]
+            stored[path][field] = Stored(entry.dtype, entry.shape)
     layers = {
-        path: _layer(folder.name, path, quantization, format, names, shards, shape)
-        for path in paths
+        path: _layer(folder.name, path, quantization, format, fields, shape)
+        for path, fields in stored.items()
     }
     plain = _plain(folder.name, names, layers, shards, shape)
     return Survey(folder, quantization, shards, shape, names, layers, plain)
@@ -129,10 +135,6 @@ def read(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[LoadedModel
     return LoadedModel(source, module, tokenizer, made.family), found.about
 
 
-def _field(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _names(shards: Shards, shape: Outline) -> dict[str, str]:
     """The module's name of each tensor -> its name in the files, which may lack the prefix of the
     model inside (GPT-2's do); constants are left out."""
@@ -153,9 +155,8 @@ def _layer(
     folder: str,
     path: str,
     quantization: Quantization,
-    format: CheckpointFormat,
-    names: Mapping[str, str],
-    shards: Shards,
+    format: CheckpointFormat[Any],
+    stored: Mapping[str, Stored],
     shape: Outline,
 ) -> Layer:
     """Raises: ModelError where the linear is none of the model's or does not have its shape."""
@@ -169,11 +170,6 @@ def _layer(
         )
     rows, columns = linear.weight.shape
     where = f"{folder}: {path}"
-    stored = {
-        _field(name): Stored(entry.dtype, entry.shape)
-        for name, entry in ((n, shards.table[f]) for n, f in names.items())
-        if name.rpartition(".")[0] == path
-    }
     packed = Linear(path, (rows, columns), stored)
     scheme = format.scheme(quantization, packed)
     fields = format.fields(scheme, packed)

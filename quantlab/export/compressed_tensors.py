@@ -29,7 +29,7 @@ from torch import Tensor
 
 from quantlab.errors import ConfigError
 from quantlab.export import base
-from quantlab.export.base import CheckpointFormat, Expected, Layer, Linear, Stored
+from quantlab.export.base import Expected, IntegerFormat, Layer, Linear, Stored
 from quantlab.export.words import from_words, to_words, words_for
 from quantlab.models.quantization import Quantization, Scheme
 from quantlab.packing import (
@@ -50,7 +50,7 @@ WRITTEN_INPUTS: dict[Inputs, tuple[str, bool, bool]] = {
 """How inputs are quantized -> strategy, dynamic, symmetric."""
 
 
-class CompressedTensorsFormat(CheckpointFormat):
+class CompressedTensorsFormat(IntegerFormat):
     name = "compressed-tensors"
     title = "compressed-tensors"
     marks = ("weight_scale",)

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from quantlab.errors import ConfigError
 from quantlab.export.awq import AWQFormat
 from quantlab.export.base import CheckpointFormat
+from quantlab.export.bitsandbytes import BitsAndBytesFormat
 from quantlab.export.compressed_tensors import CompressedTensorsFormat
 from quantlab.export.gptq import GPTQFormat
 from quantlab.models.outline import Outline
 from quantlab.packing import Storage
 
-FORMATS: Mapping[str, CheckpointFormat] = {
-    one.name: one for one in (GPTQFormat(), AWQFormat(), CompressedTensorsFormat())
-}
+ALL: tuple[CheckpointFormat[Any], ...] = (
+    GPTQFormat(),
+    AWQFormat(),
+    CompressedTensorsFormat(),
+    BitsAndBytesFormat(),
+)
+FORMATS: Mapping[str, CheckpointFormat[Any]] = {one.name: one for one in ALL}
 
 
-def check_storage(format: CheckpointFormat, storage: Storage, label: str) -> None:
+def check_storage(format: CheckpointFormat[Any], storage: Storage, label: str) -> None:
     """Refuse what the format has no words for. Raises: ConfigError."""
     if reason := format.refusal(storage):
         raise ConfigError(f"format: {label} cannot be written as {format.name}: {reason}")
 
 
-def check_shapes(format: CheckpointFormat, storage: Storage, outline: Outline, label: str) -> None:
+def check_shapes(
+    format: CheckpointFormat[Any], storage: Storage, outline: Outline, label: str
+) -> None:
     """Refuse a model whose linears do not fit, before it is loaded. Raises: ConfigError."""
     if outline.transposed and not format.conv1d:
         raise ConfigError(

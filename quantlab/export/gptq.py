@@ -28,7 +28,7 @@ from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
 from quantlab.export import base
-from quantlab.export.base import CheckpointFormat, Expected, Layer, Linear
+from quantlab.export.base import Expected, IntegerFormat, Layer, Linear
 from quantlab.export.words import from_words, to_words, words_for
 from quantlab.models.quantization import GPTQ_BITS, Quantization, Scheme
 from quantlab.packing import AffineWeight, PackedWeight, PermutedWeight, Storage, affine
@@ -37,7 +37,7 @@ GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that GPTQModel's layers take, beside a whole row."""
 
 
-class GPTQFormat(CheckpointFormat):
+class GPTQFormat(IntegerFormat):
     name = "gptq"
     title = "GPTQ"
     marks = ("qweight",)

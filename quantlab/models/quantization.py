@@ -1,10 +1,10 @@
-"""What a folder says about how its weights were quantized: GPTQ, AWQ or compressed-tensors.
+"""What a folder says about how its weights were quantized, for every format that it reads.
 
 Read from `quantization_config` in config.json, or from the files that stood for it before:
 quantize_config.json (AutoGPTQ) and quant_config.json (AutoAWQ). Only what QuantLab can run is let
 through; everything else is one ModelError that says what it is.
 Sources: AutoGPTQ and GPTQModel (`QuantizeConfig`), AutoAWQ (`AwqConfig`), compressed-tensors
-(`QuantizationConfig`).
+(`QuantizationConfig`), transformers (`BitsAndBytesConfig`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from quantlab.errors import ModelError
 from quantlab.models.json_files import read_json
 from quantlab.packing.storage import Inputs
 
-FormatName = Literal["gptq", "awq", "compressed-tensors"]
-NAMES: tuple[FormatName, ...] = ("gptq", "awq", "compressed-tensors")
+FormatName = Literal["gptq", "awq", "compressed-tensors", "bitsandbytes"]
+NAMES: tuple[FormatName, ...] = get_args(FormatName)
 LEGACY: dict[str, FormatName] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 GPTQ_BITS = (2, 3, 4, 8)
 LARGEST_GROUP = 65536
@@ -46,13 +46,15 @@ class Scheme:
 @dataclass(frozen=True)
 class Quantization:
     """`zero_offset`: GPTQ files of version 1 store zero-points minus 1. `by_layer`: some linears
-    may have other bits or groups than the scheme says; their shapes tell. `other_bits`: which."""
+    may have other bits or groups than the scheme says; their shapes tell. `other_bits`: which.
+    `threshold`: the magnitude from which LLM.int8() leaves an input column in 16 bits."""
 
     format: FormatName
     schemes: tuple[Scheme, ...]
     zero_offset: int = 0
     by_layer: bool = False
     other_bits: tuple[int, ...] = ()
+    threshold: float = 6.0
 
     @property
     def bits(self) -> int:
@@ -106,6 +108,8 @@ class _Reader:
             return self._awq()
         if method == "compressed-tensors":
             return self._compressed_tensors()
+        if method == "bitsandbytes":
+            return self._bitsandbytes()
         raise self.refuse(f"is quantized by {method!r}; QuantLab reads {', '.join(NAMES)} and GGUF")
 
     def refuse(self, reason: str) -> ModelError:
@@ -156,6 +160,27 @@ class _Reader:
         if not isinstance(groups, dict) or not groups:
             raise self.refuse("has no config_groups in its quantization_config")
         return Quantization("compressed-tensors", tuple(map(self._scheme, groups.values())))
+
+    def _bitsandbytes(self) -> Quantization:
+        settings = self.settings
+        four, eight = (
+            self.boolean(name, settings.get(name, False))
+            for name in ("load_in_4bit", "load_in_8bit")
+        )
+        if four == eight:
+            raise self.refuse("says neither or both of load_in_4bit and load_in_8bit")
+        storage = settings.get("bnb_4bit_quant_storage", "uint8")
+        if four and storage != "uint8":
+            raise self.refuse(f"keeps its codes in {storage!r:.40}; QuantLab reads uint8")
+        if self.boolean(
+            "llm_int8_has_fp16_weight", settings.get("llm_int8_has_fp16_weight", False)
+        ):
+            raise self.refuse("has llm_int8_has_fp16_weight: its weights are not quantized")
+        threshold = settings.get("llm_int8_threshold", 6.0)
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1e6:
+            raise self.refuse(f"has llm_int8_threshold {threshold!r:.40}, which is no magnitude")
+        scheme = Scheme(4 if four else 8, None, True, activation=None if four else "token")
+        return Quantization("bitsandbytes", (scheme,), threshold=float(threshold))
 
     def _scheme(self, group: object) -> Scheme:
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):

@@ -42,6 +42,7 @@ STYLES: dict[str, Style] = {
     "gptqmodel": Style("GPTQModel", "#1d4f91", "#7db3ec"),
     "autogptq": Style("AutoGPTQ", "#4a6fa5", "#9cc0e4"),
     "autoawq": Style("AutoAWQ", "#2f7d5b", "#63c9a0"),
+    "bitsandbytes": Style("bitsandbytes", "#7a4a78", "#d3a2d0"),
     "checkpoint": Style("Checkpoint", "#4d5bd1", "#8f9bff"),
 }
 

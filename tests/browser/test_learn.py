@@ -181,8 +181,9 @@ def test_matrix(page: Page) -> None:
     picture = page.lesson("matrix")
 
     def cells(name: str) -> np.ndarray:
-        inputs = picture.locator(f'[data-cell^="{name}:"]').all()
-        return np.array([float(cell.input_value()) for cell in inputs]).reshape(3, 4)
+        inputs = picture.locator(f'[data-cell^="{name}:"]')
+        expect(inputs).to_have_count(12)  # A step that has just come into view is painted anew.
+        return np.array([float(cell.input_value()) for cell in inputs.all()]).reshape(3, 4)
 
     def error(restored: tuple[np.ndarray, np.ndarray]) -> float:
         exact = cells("x") @ cells("w").T

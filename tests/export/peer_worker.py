@@ -134,6 +134,29 @@ def compressed_tensors(folder: Path):
     return loaded.eval(), weights
 
 
+def bitsandbytes(folder: Path):
+    """transformers' reader and bitsandbytes' layers, float32. (Its bfloat16 product for CPUs, which
+    also fails where blocks do not divide a row, is left aside.)"""
+    import bitsandbytes.nn.modules
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    for parameter in loaded.parameters():  # what is not quantized comes in bfloat16
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    weights = {}
+    for path, layer in loaded.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+            weights[path] = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        elif type(layer).__name__ == "Linear8bitLt":
+            scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+            weights[path] = layer.weight.data.float() * (scales / 127)[:, None]
+    return loaded, weights
+
+
 def main() -> None:
     peer, ids, *folders = sys.argv[1:]
     torch.set_num_threads(1)

@@ -145,10 +145,11 @@ def test_every_format_says_something_and_nothing_says_everything() -> None:
         "gptq": {"gptq:2", "gptq:3", "gptq:4", "gptq:8", "awq:4", "rtn:3", "efficientqat:2"},
         "awq": {"gptq:4", "awq:4", "rtn:4", "qat:4"},
         "compressed-tensors": {"awq:4", "smoothquant:8", "static_int8:8", "gptq:8", "rtn:4"},
+        "bitsandbytes": {"nf4:4", "fp4:4", "llm_int8:8"},
     }
     for format, texts in wanted.items():
         assert all(said[text, format] for text in texts)
-    for text in ("nf4:4", "fp4:4", "llm_int8:8", "gguf:q8_0", "onnx_int8:8"):
+    for text in ("gguf:q8_0", "onnx_int8:8"):
         assert not any(said[text, format] for format in FORMATS)
 
 
@@ -168,6 +169,8 @@ def test_every_format_says_something_and_nothing_says_everything() -> None:
         ("rtn:4:group_size=64", "gptq", "groups of 64 do not divide 96 columns"),
         ("rtn:4:group_size=24", "awq", "take groups of 16, 32, 64 and 128, or a row, not 24"),
         ("mixed:budget=5", "gptq", "not 5 and 6"),
+        ("gptq", "bitsandbytes", "NF4, FP4 and LLM.int8(), not integer grids"),
+        ("nf4:embedding_bits=8:head_bits=8", "bitsandbytes", "embedding and head in 16 bits"),
     ],
 )
 def test_refusals_say_why(text: str, format: str, words: str, qwen: Path) -> None:

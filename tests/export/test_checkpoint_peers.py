@@ -19,7 +19,7 @@ from torch import Tensor
 from quantlab.blockwise import quantize_blocks
 from quantlab.export import checkpoint, checkpoint_reader
 from quantlab.methods import METHODS, configure, parse_variant
-from quantlab.packing import AffineWeight
+from quantlab.packing import AffineWeight, OutlierWeight
 from tests.tiny import logits, tiny, token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,9 +44,18 @@ CASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
         ("qwen2", "smoothquant:8:activations=dynamic"),
         ("llama", "dynamic_int8:8:activations=token:per_channel=false"),
     ]),
+    "bitsandbytes": ("gptqmodel", "bitsandbytes", [
+        # Its code for CPUs takes blocks that divide a row only.
+        ("llama", "nf4:4:block_size=32"), ("qwen2", "fp4:4:double_quant=false:block_size=32"),
+        ("llama", "llm_int8:8"),
+    ]),
 }  # fmt: skip
 
-MODULES = {"gptq_transformers": "optimum.gptq", "compressed_tensors": "compressed_tensors"}
+MODULES = {
+    "gptq_transformers": "optimum.gptq",
+    "compressed_tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+}
 """What the environment may lack, because it was not asked for at first."""
 ROUNDINGS = 48
 """Results that a token's state passes through in two blocks and the head, each rounded once: 7
@@ -119,19 +128,21 @@ def test_a_peer_says_the_same(
     said = load_file(f"{folder}.logits")
     theirs = said.pop("logits").double()
     model, _ = checkpoint_reader.read(folder, torch.float32)
-    half = peer != "compressed_tensors"
+    # bitsandbytes' int8 product takes float16.
+    half = peer not in ("compressed_tensors", "bitsandbytes") or "llm_int8" in case
     unit = 2.0**-11 if half else 2.0**-24
     quantized = False
     assert said
     for path, wanted in said.items():
         weight = model.module.get_submodule(path).weight_packed
-        assert isinstance(weight, AffineWeight)
-        quantized |= weight.activation is not None
+        quantized |= isinstance(weight, OutlierWeight)
+        quantized |= isinstance(weight, AffineWeight) and weight.activation is not None
         ours = weight.dequantize().double()
         if not wanted.numel():  # a layer that has no function for it
             continue
         # The peer rounds (code - zero) * scale once, in the dtype of the scales.
-        step = 2.0**-11 if weight.scales.dtype == torch.float16 else 2.0**-24
+        scales = weight.scales if isinstance(weight, AffineWeight) else ours
+        step = 2.0**-11 if scales.dtype == torch.float16 else 2.0**-24
         assert bool(((wanted.double() - ours).abs() <= step * ours.abs() + 2.0**-25).all()), path
     ours = logits(model.module, IDS)
     error = float((theirs - ours).norm() / ours.norm())
@@ -156,9 +167,9 @@ def test_the_bound_would_notice(peer: str, answers: Callable[[str], dict[str, Pa
     model, _ = checkpoint_reader.read(folder, torch.float32)
     linear = model.module.get_submodule("model.layers.0.mlp.up_proj")
     weight = linear.weight_packed
-    assert isinstance(weight, AffineWeight)
     dense = weight.dequantize()
-    for wrong in (dense + weight.scales.float().mean(), dense[:, torch.arange(64) ^ 1]):
+    steps = weight.scales.float() if isinstance(weight, AffineWeight) else dense.abs()
+    for wrong in (dense + steps.mean(), dense[:, torch.arange(64) ^ 1]):
         plain = torch.nn.Linear(64, 96, bias=linear.bias is not None)
         plain.weight = torch.nn.Parameter(wrong)
         if linear.bias is not None:
