@@ -34,6 +34,10 @@ def quantize(job: Any, clock: Any) -> dict[str, Any]:
     )
     seconds = clock.lap()
     job.step("quantize", 1, 1)
+    for parameter in model.parameters():  # the others are quantized, from float32
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
     model.save_pretrained(job.checkpoint)
     kind = options["codebook"] if four else "LLM.int8()"
     double = four and options["double_quant"]
