@@ -139,13 +139,13 @@ def measure(
     folder: str, method: str, out: str, *, whole: bool, tokens: int
 ) -> dict[str, float | int]:
     """Quantize in this process: bytes and seconds."""
-    from quantlab import pipeline, variants
+    from quantlab import pipeline, single, variants
     from quantlab.methods import parse_variant
     from quantlab.models import load
     from quantlab.types import RunSpec
 
     if whole:
-        for module in (variants, pipeline):
+        for module in (variants, single):
             vars(module)["stream"] = load
     spec = RunSpec(
         model=folder, calibration_tokens=tokens, calibration_length=128, threads=1, group_size=128

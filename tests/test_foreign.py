@@ -155,7 +155,7 @@ def test_formats_refuse_before_the_model_is_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("quantlab.pipeline.load", never)
+    monkeypatch.setattr("quantlab.single.load", never)
     monkeypatch.setattr("quantlab.variants.load", never)
     for text, format, words in (
         ("awq:3", "awq", "4 bits, not 3"),

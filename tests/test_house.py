@@ -65,6 +65,15 @@ metrics < answers < measure
 export < prepared < foreign < variants < delivery < pipeline
 methods < foreign
 variants < interleave < pipeline
+methods < checks < single
+calibration < checks
+texts < conditions < single < pipeline
+environment < checks
+environment < conditions
+delivery < single
+measure < single
+meter < single
+store < single
 answers < interleave
 answers < forks < ui
 store < forks

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantlab import peer_run, pipeline
+from quantlab.conditions import read_calibration
 from quantlab.errors import ConfigError, MethodError
 from quantlab.export import checkpoint
 from quantlab.methods import METHODS, configure, parse_variant, parse_variants
@@ -123,7 +124,7 @@ def test_a_peer_is_a_row_like_any_other(original: Path, peers: Path) -> None:
     assert shown["Made by"] == "Fake 1.5 (its defaults)"
 
     given = json.loads(asked.read_text())
-    ids = pipeline._calibration(load(str(original)), spec, events.append).ids
+    ids = read_calibration(load(str(original)), spec, events.append).ids
     assert given["ids"] == ids.tolist()
     assert given["options"] == configure(spec.variants[1], 32).to_json()
     assert given["options"] | {"act_order": True, "group_size": 32, "bits": 4} == given["options"]
