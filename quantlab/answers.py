@@ -14,6 +14,7 @@ from quantlab.engine import Choose, TokenStreamer, encode_prompt, end_tokens, gr
 from quantlab.metrics.reading import most_likely, token_ids
 from quantlab.metrics.speed import Decoder
 from quantlab.results import ResultRecord
+from quantlab.stops import StopStrings, cut_pieces
 from quantlab.types import Choice, Emit, Generation, OutputDelta, Progress
 
 
@@ -36,13 +37,17 @@ def answer_prompts(
     max_new_tokens: int,
     label: str,
     emit: Emit,
+    stop_strings: Sequence[str] = (),
 ) -> tuple[Generation, ...]:
     """Answers to every prompt, each piece emitted as it is decoded; greedy, where `session` takes
     the choice it is given."""
     answers = []
     for index, prompt in enumerate(prompts):
         emit(Progress(label, "answers", index, len(prompts), 0.0))
-        answering = Answering(session, tokenizer, prompt, index, max_new_tokens, label, emit)
+        answering = Answering(
+            *(session, tokenizer, prompt, index, max_new_tokens, label, emit),
+            stop_strings=stop_strings,
+        )
         answers.append(next(done for done in answering.steps() if done is not None))
     return tuple(answers)
 
@@ -51,7 +56,8 @@ def answer_prompts(
 class Answering:
     """One answer in the making; `index` is the prompt's place among the prompts.
 
-    It begins with the tokens `forced`, whatever the decoder prefers, as if it had chosen them.
+    It begins with the tokens `forced`, whatever the decoder prefers, as if it had chosen them, and
+    ends before the first of `stop_strings`; tokens of which nothing is left are not kept.
     """
 
     session: Callable[[Choose], Decoder]
@@ -62,12 +68,14 @@ class Answering:
     label: str
     emit: Emit
     forced: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
 
     def steps(self) -> Iterator[Generation | None]:
         """None after every token, the whole answer at the end."""
         witness = Witness()
         decoder = self.session(witness)
-        streamer, stops = TokenStreamer(self.tokenizer), end_tokens(None, self.tokenizer)
+        streamer, ends = TokenStreamer(self.tokenizer), end_tokens(None, self.tokenizer)
+        stops, told = StopStrings(self.stop_strings), 0
         tokens: list[int] = []
         pieces: list[str] = []
         prompt = encode_prompt(self.tokenizer, self.prompt)
@@ -81,30 +89,37 @@ class Answering:
             # order, and the variant would not say again what it said before.
             if len(tokens) < len(self.forced):
                 token = self.forced[len(tokens)]
-            if token in stops:
+            if token in ends:
                 break
             tokens.append(token)
             pieces.append(streamer.push(token))
-            self._tell(pieces[-1])
-            if len(tokens) >= limit:
+            if stops.completed_by(pieces[-1] + streamer.held):
+                pieces[-1] += streamer.finish()
+            told += self._tell(stops.push(pieces[-1]))
+            if stops.reached or len(tokens) >= limit:
                 break
             yield None
             token = decoder.step(token)
         rest = streamer.finish()
         if rest and pieces:
             pieces[-1] += rest
-            self._tell(rest)
+            told += self._tell(stops.push(rest))
+        told += self._tell(stops.finish())
+        if stops.reached:
+            pieces = cut_pieces(pieces, told)
         yield Generation(
             self.prompt,
             "".join(pieces),
-            tuple(tokens),
+            tuple(tokens[: len(pieces)]),
             tuple(pieces),
-            choices=choices(witness.rows, self.tokenizer),
+            choices=choices(witness.rows[: len(pieces) + 1], self.tokenizer),
         )
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str) -> int:
+        """Emit some text; its length."""
         if text:
             self.emit(OutputDelta(self.label, self.index, text))
+        return len(text)
 
 
 def mark_divergence(

@@ -6,6 +6,7 @@ from quantlab.environment import resolve_device
 from quantlab.errors import ConfigError
 from quantlab.methods import METHODS, configure
 from quantlab.models import locate
+from quantlab.stops import check_stop_strings
 from quantlab.texts import check_text
 from quantlab.types import RunSpec, VariantSpec
 
@@ -36,6 +37,7 @@ def validate(spec: RunSpec) -> None:
         raise ConfigError(
             f"eval_tokens: {spec.eval_tokens} is less than one window ({spec.window})"
         )
+    check_stop_strings(spec.stop_strings)
     resolve_device(spec.device)
     check_text(spec.text, "evaluation", spec.window)
     if any(needs_calibration(variant, spec) for variant in spec.variants):

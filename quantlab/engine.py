@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantlab.errors import ConfigError, ModelError
+from quantlab.stops import StopStrings
 
 Choose = Callable[[Tensor], int]
 """From float32 logits [vocabulary] to a token id."""
@@ -120,12 +121,18 @@ def generate(
     eos_ids: Collection[int] = (),
     on_token: Callable[[int], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Any = None,
 ) -> list[int]:
-    """The tokens that follow `input_ids`, an end token included.
+    """The tokens that follow `input_ids`, an end token or those of a stop string included.
 
-    Ends after `max_new_tokens`, at a token of `eos_ids`, at the model's context length, or when
-    `stop()` (asked before every token) is true. Raises: ConfigError.
+    Ends after `max_new_tokens`, at a token of `eos_ids`, at the model's context length, as soon as
+    the text contains one of `stop_strings` (which needs the `tokenizer`), or when `stop()` (asked
+    before every token) is true. Raises: ConfigError.
     """
+    stops, streamer = StopStrings(stop_strings), TokenStreamer(tokenizer)
+    if stop_strings and tokenizer is None:
+        raise ConfigError("stop_strings: need the tokenizer as well, to read tokens as text")
     session = Session(model, Sampler(temperature, top_p, seed))
     limit = context_length(model)
     if limit is not None:
@@ -138,6 +145,11 @@ def generate(
             on_token(tokens[-1])
         if tokens[-1] in eos_ids:
             break
+        if stop_strings:
+            piece = streamer.push(tokens[-1])
+            if stops.completed_by(piece + streamer.held):
+                break
+            stops.push(piece)
     return tokens
 
 
@@ -186,16 +198,17 @@ class TokenStreamer:
         # decoding begins at `_begin`, a token that already gave text; tokens below `_done` did.
         self._tokens: list[int] = []
         self._begin = self._done = 0
-        self._held = ""
+        self.held = ""
+        """What `finish` would give now."""
 
     def push(self, token: int) -> str:
         self._tokens.append(token)
         text = self._new_text()
         name = str(self._tokenizer.convert_ids_to_tokens(token))
         # A special token is skipped and does not end a run of bytes: the text stays as it was.
-        unfinished = text.endswith("\N{REPLACEMENT CHARACTER}") or text == self._held
+        unfinished = text.endswith("\N{REPLACEMENT CHARACTER}") or text == self.held
         if unfinished or re.fullmatch("<0x[0-9A-F]{2}>", name):
-            self._held = text
+            self.held = text
             return ""
         return self._emit(text)
 
@@ -209,7 +222,7 @@ class TokenStreamer:
 
     def _emit(self, text: str) -> str:
         self._begin, self._done = self._done, len(self._tokens)
-        self._held = ""
+        self.held = ""
         return text
 
     def _decode(self, tokens: list[int]) -> str:

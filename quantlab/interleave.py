@@ -66,6 +66,7 @@ def answer_together(
                     label,
                     emit,
                     spec.forced,
+                    spec.stop_strings,
                 ).steps()
                 for label, runner in opened.items()
             }

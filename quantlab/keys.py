@@ -60,6 +60,7 @@ def record_key(artifact: str, spec: RunSpec, windows: list[Tensor], device: str)
             "windows": [len(windows), spec.window, digest.hexdigest()],
             "prompts": list(spec.prompts),
             "max_new_tokens": spec.max_new_tokens,
+            "stop_strings": list(spec.stop_strings),
             "threads": spec.threads,
             "device": device,
             "cpu": machine()["cpu"],

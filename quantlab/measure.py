@@ -49,7 +49,8 @@ def measure(
         emit(Progress(label, "speed", 0, 1, 0.0))
         speed = runner.speed()
         outputs = answer_prompts(
-            runner.session, tokenizer, spec.prompts, spec.max_new_tokens, label, emit
+            *(runner.session, tokenizer, spec.prompts, spec.max_new_tokens, label, emit),
+            stop_strings=spec.stop_strings,
         )
         return dataclasses.replace(
             blank,

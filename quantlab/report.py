@@ -84,6 +84,8 @@ def reproduce_command(spec: RunSpec) -> str:
     for prompt in spec.prompts:
         # With an equals sign where the prompt would be taken for an option.
         parts.append(f"--prompt{'=' if prompt.startswith('-') else ' '}{shlex.quote(prompt)}")
+    for string in spec.stop_strings:
+        parts.append(f"--stop{'=' if string.startswith('-') else ' '}{shlex.quote(string)}")
     if spec.allow_pickle:
         parts.append("--allow-pickle")
     if spec.trust_remote_code:

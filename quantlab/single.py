@@ -28,6 +28,7 @@ from quantlab.measure import measure
 from quantlab.meter import Meter
 from quantlab.models import context_of, load, locate, stream
 from quantlab.results import ResultRecord
+from quantlab.stops import check_stop_strings
 from quantlab.store import storage_errors
 from quantlab.texts import tokenize
 from quantlab.types import Emit, Generation, RunSpec, VariantSpec, ignore
@@ -100,8 +101,10 @@ def generate(
 ) -> list[Generation]:
     """Answers of one model (as `evaluate` takes it) to `spec.prompts`, streamed as OutputDelta.
 
-    Greedy at temperature 0, else sampled with `spec.seed`. Raises: ConfigError, ModelError.
+    Greedy at temperature 0, else sampled with `spec.seed`; each ends before the first of
+    `spec.stop_strings`. Raises: ConfigError, ModelError.
     """
+    check_stop_strings(spec.stop_strings)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ConfigError("temperature: needs at least 0; top_p: needs more than 0, at most 1")
     variant, prepared, source, tokenizer = open_as_is(spec)
@@ -117,6 +120,7 @@ def generate(
                 spec.max_new_tokens,
                 variant.label,
                 emit,
+                spec.stop_strings,
             )
         )
     finally:

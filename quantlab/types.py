@@ -64,7 +64,8 @@ class RunSpec:
     file. `window` is the length in tokens of one evaluation window; windows do not overlap.
     `group_size` applies to every variant whose method has groups and that names none itself.
     `threads` 0 means one for each physical core. `forced` are tokens that answers begin with,
-    whatever the model prefers (see `quantlab.forks`); they count among `max_new_tokens`.
+    whatever the model prefers (see `quantlab.forks`); they count among `max_new_tokens`. Answers
+    end before the first of `stop_strings` (see `quantlab.stops`).
     """
 
     model: str = "bundled"
@@ -84,12 +85,14 @@ class RunSpec:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     forced: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["variants"] = [variant.to_json() for variant in self.variants]
         data["prompts"] = list(self.prompts)
         data["forced"] = list(self.forced)
+        data["stop_strings"] = list(self.stop_strings)
         return data
 
     @classmethod
@@ -98,6 +101,7 @@ class RunSpec:
         values["variants"] = tuple(VariantSpec.from_json(v) for v in values["variants"])
         values["prompts"] = tuple(values["prompts"])
         values["forced"] = tuple(values.get("forced", ()))
+        values["stop_strings"] = tuple(values.get("stop_strings", ()))
         return cls(**values)
 
     def dumps(self) -> str:
@@ -172,8 +176,8 @@ class Generation:
     model's greedy answer, None where there is no difference or nothing to compare with.
     `pieces` is the text of each token, so that a page can colour them one by one. `choices` holds
     the likeliest tokens at each place, likeliest first, with one place more than tokens where the
-    model ended the answer itself; empty for answers that were sampled, or written before it was
-    kept.
+    model ended the answer itself (or began a stop string, which is not kept); empty for answers
+    that were sampled, or written before it was kept.
     """
 
     prompt: str

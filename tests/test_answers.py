@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quantlab.answers import Answering, answer_prompts, first_difference, mark_divergence, spelled
 from quantlab.engine import Choose, Session, encode_prompt, generate
+from quantlab.models import LoadedModel
 from quantlab.results import ResultRecord
 from quantlab.types import Event, Generation, OutputDelta, Progress
+from tests.test_stops import oracle
 from tests.tiny import CONTEXT, EOS, FEW, VOCABULARY, tiny, tokenizer
 
 
@@ -44,11 +46,13 @@ def spoken(text: str) -> list[int]:
     return list(tokenizer()(text).input_ids)
 
 
-def answer(tokens: Sequence[int], limit: int = 100) -> tuple[Generation, list[Event], Script]:
+def answer(
+    tokens: Sequence[int], limit: int = 100, stop_strings: Sequence[str] = ()
+) -> tuple[Generation, list[Event], Script]:
     events: list[Event] = []
     script = Script(tokens)
     (found,) = answer_prompts(
-        lambda choose: script, tokenizer(), ["Why?"], limit, "rtn:4", events.append
+        lambda choose: script, tokenizer(), ["Why?"], limit, "rtn:4", events.append, stop_strings
     )
     return found, events, script
 
@@ -111,6 +115,57 @@ def test_any_tokens_stream_as_they_decode(said: list[int]) -> None:
     found, events, _ = answer([*said, EOS])
     assert found.text == streamed(events) == tokenizer().decode(said)
     assert len(found.pieces) == len(said)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(2, VOCABULARY - 1), min_size=1, max_size=20),
+    st.lists(st.text(" .aeinrst日", min_size=1, max_size=3), max_size=3),
+)
+@example(spoken("She sells sea shells."), ["sea s"])
+@example(spoken("雨が止んだ。"), ["止ん"])
+@example(spoken("雨が止んだ。"), ["雨"])
+def test_an_answer_ends_before_a_stop_string(said: list[int], strings: list[str]) -> None:
+    """At the first token with which the decoded text contains one; what is left of the text is
+    streamed, and kept with the tokens that it comes from."""
+    found, events, script = answer([*said, EOS], stop_strings=strings)
+    texts = [tokenizer().decode(said[: n + 1]) for n in range(len(said))]
+    read = next((n for n, t in enumerate(texts) if any(s in t for s in strings)), len(said))
+    text, _ = oracle(texts[min(read, len(said) - 1)], strings)
+    assert found.text == streamed(events) == "".join(found.pieces) == text
+    assert found.tokens == tuple(said[: len(found.pieces)])
+    assert script.read == spoken("Why?") + said[:read], "no token is decoded in vain"
+    if read < len(said) and found.pieces:
+        assert len("".join(found.pieces[:-1])) < len(text), "nothing is left of this token"
+    assert len(found.choices) == 0, "this decoder chooses nothing"
+
+
+def test_what_might_have_been_a_stop_string_is_shown_at_the_end() -> None:
+    said = spoken("She sells sea")
+    found, events, _ = answer([*said, EOS], stop_strings=["sea shells"])
+    assert found.text == streamed(events) == "She sells sea"
+    assert found.tokens == tuple(said)
+    found, events, _ = answer(said, len(said), ["sea shells"])
+    assert found.text == streamed(events) == "She sells sea"
+
+
+def test_choices_end_with_the_place_of_the_stop_string() -> None:
+    model = tiny("llama")
+    (whole,) = answers_of(model, ())
+    assert len(whole.choices) == 12
+    at = next(n for n in range(4, 12) if whole.pieces[n].strip() not in ("", *whole.pieces[:n]))
+    (found,) = answers_of(model, (whole.pieces[at],))
+    assert found.text == "".join(whole.pieces[:at])
+    assert found.tokens == whole.tokens[:at]
+    assert found.choices == whole.choices[: at + 1]
+
+
+def answers_of(model: LoadedModel, strings: Sequence[str]) -> tuple[Generation, ...]:
+    return answer_prompts(
+        lambda choose: Session(model.module, choose),
+        *(model.tokenizer, ["The river carried timber"], 12, "bf16", lambda event: None),
+        stop_strings=strings,
+    )
 
 
 def test_prompts_are_answered_in_order_each_from_the_start() -> None:

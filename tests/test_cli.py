@@ -143,6 +143,7 @@ def test_reproduce_command_gives_the_same_spec_back(pipeline: FakePipeline) -> N
         seed=5,
         allow_pickle=True,
         trust_remote_code=True,
+        stop_strings=("\n\n", "-- the end", " 'so'"),
     )
     program, dash_m, package, *arguments = shlex.split(reproduce_command(spec))
     assert (program, dash_m, package) == ("python", "-m", "quantlab")
@@ -293,10 +294,11 @@ def test_generate_streams_in_the_order_of_the_prompts(
         OutputDelta("m", 0, " to A"),
         OutputDelta("m", 1, " answer to"),
     ]
-    assert main(["generate", "--prompt", "A", "B", "--temperature", "0.5"]) == 0
+    options = ["--temperature", "0.5", "--stop", "\n", "END"]
+    assert main(["generate", "--prompt", "A", "B", *options]) == 0
     assert capsys.readouterr().out == "> A\n answer to A\n\n> B\n answer to B\n"
     _, given = pipeline.calls[0]
-    assert given["spec"] == RunSpec(prompts=("A", "B"))
+    assert given["spec"] == RunSpec(prompts=("A", "B"), stop_strings=("\n", "END"))
     assert (given["temperature"], given["top_p"]) == (0.5, 1.0)
 
 
@@ -381,6 +383,8 @@ WRONG = [
     ("generate", "--prompt"),
     ("generate --prompt ''", "--prompt"),
     ("generate --prompt x --top-p 2", "--top-p"),
+    ("generate --prompt x --stop ''", "--stop: empty; give the text that ends an answer"),
+    ("compare --stop END ''", "--stop: empty"),
     ("generate --prompt x --temperature -1", "--temperature"),
 ]
 

@@ -172,6 +172,18 @@ def test_callbacks_end_and_stop() -> None:
     )
     assert stopped == tokens[:3]
     assert generate(model, ids, max_new_tokens=0) == []
+    # As soon as the text contains a stop string, the tokens that make it included.
+    reader = byte_level()
+    texts = [decoded(reader, tokens[: n + 1]) for n in range(12)]
+    at = next(n for n in range(4, 12) if not texts[n].endswith("\ufffd") and texts[n] != texts[3])
+    ending = texts[at][len(texts[3]) - 1 :]
+    first = next(n for n, text in enumerate(texts) if ending in text)
+    stopped = generate(model, ids, max_new_tokens=12, stop_strings=[ending], tokenizer=reader)
+    assert stopped == tokens[: first + 1]
+    with pytest.raises(ConfigError, match="tokenizer"):
+        generate(model, ids, max_new_tokens=5, stop_strings=["a"])
+    with pytest.raises(ConfigError, match="stop: empty"):
+        generate(model, ids, max_new_tokens=5, stop_strings=[""], tokenizer=reader)
     assert generate(model, ids, max_new_tokens=5, stop=lambda: True) == []
 
 

@@ -38,6 +38,8 @@ codebook < packing
 errors < environment < keys < pipeline
 methods < estimate < pipeline
 types < meter < pipeline
+errors < stops < engine
+stops < checks
 layers < blockwise < variants
 layers < outer < variants
 models < outer

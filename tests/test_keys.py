@@ -78,6 +78,7 @@ def test_every_default_configuration_has_a_key_of_its_own() -> None:
 RECORD_CHANGES: dict[str, dict[str, Any]] = {
     "artifact": {"artifact": "b"},
     "prompts": {"spec": dataclasses.replace(SPEC, prompts=())},
+    "stop strings": {"spec": dataclasses.replace(SPEC, stop_strings=(".",))},
     "length of answers": {"spec": dataclasses.replace(SPEC, max_new_tokens=5)},
     "threads": {"spec": dataclasses.replace(SPEC, threads=1)},
     "device": {"device": "cuda"},

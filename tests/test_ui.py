@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -52,6 +54,7 @@ def test_a_spec_survives_the_form() -> None:
         calibration="self",
         text="/a/file.txt",
         prompts=("one", "two"),
+        stop_strings=("\n\n", " the end ", "a\\n", "\\"),
         threads=2,
         seed=5,
         device="cpu",
@@ -66,6 +69,16 @@ def test_a_spec_survives_the_form() -> None:
 def test_prompts_are_lines() -> None:
     assert form.lines(" one \n\n two\n") == ("one", "two")
     assert form.lines(None) == ()
+
+
+def test_stop_strings_are_lines_with_line_breaks_written() -> None:
+    assert form.unescaped("\\n\n\n END\n\\\\n\n\\t") == ("\n", " END", "\\n", "\\t")
+    assert form.unescaped(None) == form.unescaped("") == ()
+
+
+@given(st.lists(st.text("a \\n\n", min_size=1), max_size=4))
+def test_every_stop_string_has_its_line(strings: list[str]) -> None:
+    assert form.unescaped("\n".join(map(form.escaped, strings))) == tuple(strings)
 
 
 @pytest.mark.parametrize("value", [None, 1.5, "8", True])
@@ -92,6 +105,7 @@ def test_no_variant_is_refused() -> None:
         (ConfigError("eval_tokens: 4 is less than one window (8)"), "texts"),
         (ConfigError("window: 900 is more than the model's context"), "texts"),
         (ConfigError("max_new_tokens: 0; needs at least 1"), "prompts"),
+        (ConfigError("stop: empty; give the text"), "prompts"),
         (ConfigError("device: cuda was asked for"), "advanced"),
         (ConfigError("something else"), "run"),
         (JobError("the queue is gone"), "run"),

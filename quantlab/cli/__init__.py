@@ -39,7 +39,7 @@ COMMANDS = {
 for _name, _function in COMMANDS.items():
     app.command(_name)(_function)
 
-SEVERAL = ("--prompt", "--set")
+SEVERAL = ("--prompt", "--set", "--stop")
 """Options that take one value or several: `--prompt A B` is `--prompt A --prompt B`."""
 
 

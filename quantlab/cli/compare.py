@@ -14,6 +14,7 @@ from quantlab.cli import options as o
 from quantlab.cli.output import check_writable, to_json, write_text
 from quantlab.cli.terminal import TerminalProgress, print_outputs, print_results, print_verdict
 from quantlab.errors import Cancelled, ConfigError
+from quantlab.stops import check_stop_strings
 from quantlab.types import RunSpec
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def compare(
     window: o.Window = D.window,
     prompt: o.Prompts = [],  # noqa: B006 - typer reads the default and never changes it
     max_new_tokens: o.MaxNewTokens = D.max_new_tokens,
+    stop: o.StopStrings = [],  # noqa: B006 - as above
     device: o.DeviceOption = "auto",
     threads: o.Threads = D.threads,
     seed: o.Seed = D.seed,
@@ -55,6 +57,8 @@ def compare(
     check_writable("--html", html)
     if not all(text.strip() for text in prompt):
         raise ConfigError("--prompt: empty; give the text to continue")
+    with o.blame("--stop", prefix="stop: "):
+        check_stop_strings(stop)
     from quantlab.methods import parse_variants
 
     with o.blame("--methods", prefix="methods: "):
@@ -76,6 +80,7 @@ def compare(
         seed=seed,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        stop_strings=tuple(stop),
     )
     started = time.time()
     records = run(spec, keep=not no_cache)

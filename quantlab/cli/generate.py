@@ -10,6 +10,7 @@ import typer
 from quantlab.cli import options as o
 from quantlab.cli.terminal import TerminalProgress
 from quantlab.errors import Cancelled, ConfigError
+from quantlab.stops import check_stop_strings
 from quantlab.types import Event, OutputDelta, RunSpec
 
 D = o.DEFAULTS
@@ -19,6 +20,7 @@ def generate(
     prompt: o.Prompts,
     model: o.Model = D.model,
     max_new_tokens: o.MaxNewTokens = D.max_new_tokens,
+    stop: o.StopStrings = [],  # noqa: B006 - typer reads the default and never changes it
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")
     ] = 0.0,
@@ -37,6 +39,8 @@ def generate(
     """Continue one or more prompts, streaming the text to stdout."""
     if not all(text.strip() for text in prompt):
         raise ConfigError("--prompt: empty; give the text to continue")
+    with o.blame("--stop", prefix="stop: "):
+        check_stop_strings(stop)
     from quantlab import pipeline
 
     spec = RunSpec(
@@ -48,6 +52,7 @@ def generate(
         seed=seed,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        stop_strings=tuple(stop),
     )
     printer = _Printer(prompt)
     try:

@@ -87,6 +87,12 @@ Prompts = Annotated[
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Tokens of an answer, at most.")
 ]
+StopStrings = Annotated[
+    list[str],
+    typer.Option(
+        "--stop", metavar="TEXT...", help="End an answer before this text; several may be given."
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to run.")]
 Threads = Annotated[
     int,

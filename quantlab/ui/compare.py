@@ -93,15 +93,9 @@ def _form(tab: Compare, shared: Shared) -> None:
     _texts(tab, start)
     with gr.Accordion(i18n("prompts"), open=False, elem_id="prompts-section") as section:
         tab.accordions["prompts"] = section
-        tab.inputs["prompts"] = gr.Textbox(
-            start["prompts"],
-            label=i18n("prompts"),
-            info=i18n("prompts_info"),
-            lines=3,
-            max_lines=8,
-            elem_id="prompts",
-        )
+        _lines(tab, start, "prompts", 3)
         _number(tab, start, "max_new_tokens")
+        _lines(tab, start, "stop_strings", 1)
         _message(tab, "prompts")
     _advanced(tab, start)
     tab.estimate = html("estimate")
@@ -181,6 +175,17 @@ def _number(tab: Compare, start: dict[str, Any], name: str, info: str | None = N
         precision=None,
         elem_id=_id(name),
         min_width=120,
+    )
+
+
+def _lines(tab: Compare, start: dict[str, Any], name: str, lines: int) -> None:
+    tab.inputs[name] = gr.Textbox(
+        start[name],
+        label=i18n(name),
+        info=i18n(f"{name}_info"),
+        lines=lines,
+        max_lines=8,
+        elem_id=_id(name),
     )
 
 

@@ -28,6 +28,7 @@ FIELDS = (
     "calibration",
     "text",
     "prompts",
+    "stop_strings",
     *NUMBERS,
     "device",
     "allow_pickle",
@@ -54,6 +55,7 @@ _PLACE_OF = {
     "prompts": "prompts",
     "prompt": "prompts",
     "max_new_tokens": "prompts",
+    "stop": "prompts",
     "calibration_tokens": "texts",
     "calibration_length": "texts",
     "eval_tokens": "texts",
@@ -70,6 +72,7 @@ def values_of(spec: RunSpec) -> dict[str, Any]:
     values: dict[str, Any] = {name: getattr(spec, name) for name in FIELDS}
     values["variants"] = variants.write([variants.chip(one) for one in spec.variants])
     values["prompts"] = "\n".join(spec.prompts)
+    values["stop_strings"] = "\n".join(escaped(string) for string in spec.stop_strings)
     return values
 
 
@@ -101,6 +104,19 @@ def lines(text: str | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
 
 
+def escaped(string: str) -> str:
+    """A stop string as its line of the form: a line break is written `\\n`, a backslash `\\\\`."""
+    return string.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def unescaped(lines: str | None) -> tuple[str, ...]:
+    """The stop strings of the form's lines, spaces kept; empty lines are left out."""
+    found = [line for line in (lines or "").split("\n") if line]
+    return tuple(
+        re.sub(r"\\([n\\])", lambda one: "\n" if one[1] == "n" else "\\", line) for line in found
+    )
+
+
 def spec_of(values: Mapping[str, Any], say: Words) -> RunSpec:
     """The comparison that the form describes.
 
@@ -117,6 +133,7 @@ def spec_of(values: Mapping[str, Any], say: Words) -> RunSpec:
         calibration=str(values["calibration"] or "").strip(),
         text=str(values["text"] or "").strip(),
         prompts=lines(values["prompts"]),
+        stop_strings=unescaped(values["stop_strings"]),
         device=str(values["device"]),
         allow_pickle=bool(values["allow_pickle"]),
         trust_remote_code=bool(values["trust_remote_code"]),
