@@ -34,6 +34,26 @@ def affine_linear(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: float) -> int:
+    """A token of p = softmax(logits / temperature): tokens in falling order of p (the lower id
+    first among equals), of these the fewest that together have at least `top_p`, of these the first
+    up to which they have more than `uniform` of what all of these have.
+
+    logits: float [vocabulary]; temperature above 0; top_p above 0, 1 keeps all; uniform: the one
+    random number, from 0, below 1. Sums are float64. Holtzman et al. 2020, arXiv 1904.09751.
+    Raises: ValueError where there are no probabilities: a logit is NaN, or the largest infinite."""
+    falling, order = logits.double().sort(descending=True, stable=True)
+    # The largest logit becomes 0 first: a tiny temperature then overflows to -inf, not to NaN.
+    mass = torch.exp((falling - falling[0]) / temperature).cumsum(0)
+    if not bool(mass[-1].isfinite()):
+        raise ValueError("the logits give no probabilities: one is NaN, or the largest infinite")
+    if top_p < 1:
+        mass = mass[: int(torch.searchsorted(mass, top_p * mass[-1])) + 1]
+    drawn = int(torch.searchsorted(mass, uniform * mass[-1], right=True))
+    # Where rounding brings the product up to the whole mass: the last token that adds to it.
+    return int(order[min(drawn, int(torch.searchsorted(mass, mass[-1])))])
+
+
 def quantize_tensor(x: Tensor, scale: float, zero: int) -> Tensor:
     """Codes 0 to 255 (as float) of x ~ (code - zero) * scale: one grid for the whole tensor."""
     return torch.round(x / scale).add_(zero).clamp_(0, 255)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import native_sample, native_solve, reference
 from quantlab.errors import ConfigError, ModelError
 from quantlab.stops import StopStrings
 
@@ -27,9 +28,10 @@ def greedy(logits: Tensor) -> int:
 
 class Sampler:
     """Draws from softmax(logits / temperature), cut to the likeliest tokens that together have a
-    probability of at least `top_p` (Holtzman et al. 2020, arXiv 1904.09751). Same seed, same draws.
+    probability of at least `top_p` (`kernels.reference.sample`). Same seed, same draws, in C++ and
+    in torch: one uniform number a token. Temperature 0 is `greedy`.
 
-    Temperature 0 is `greedy`. Raises: ConfigError.
+    Raises: ConfigError; a call ModelError for logits without probabilities (NaN).
     """
 
     def __init__(self, temperature: float, top_p: float = 1.0, seed: int = 0) -> None:
@@ -43,12 +45,13 @@ class Sampler:
     def __call__(self, logits: Tensor) -> int:
         if self._temperature == 0:
             return greedy(logits)
-        # The largest logit becomes 0 first: a tiny temperature then overflows to -inf, not to NaN.
-        scaled = (logits.cpu().double() - logits.max().item()) / self._temperature
-        likely, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
-        before = likely.cumsum(-1) - likely
-        likely[before >= self._top_p] = 0
-        return int(order[torch.multinomial(likely, 1, generator=self._generator)])
+        logits = logits.detach().float().cpu()
+        draw = native_sample.sample if native_solve.ready(logits) else reference.sample
+        uniform = torch.rand((), dtype=torch.float64, generator=self._generator).item()
+        try:
+            return draw(logits, self._temperature, self._top_p, uniform)
+        except ValueError as error:
+            raise ModelError(f"the model's next token cannot be drawn: {error}") from None
 
 
 class Session:

@@ -233,6 +233,11 @@ def test_sampling_follows_the_distribution() -> None:
         assert found.count(token) / 20_000 == pytest.approx(p, abs=5 * spread)
 
 
+def test_what_has_no_probabilities_is_told() -> None:
+    with pytest.raises(ModelError, match="next token cannot be drawn: the logits give no"):
+        Sampler(1.0)(torch.tensor([0.0, float("nan")]))
+
+
 def test_top_p_keeps_the_smallest_sufficient_set() -> None:
     logits = torch.tensor([0.2, 0.5, 0.3]).log()
     assert set(draws(Sampler(1.0, 0.5, seed=0), logits, 200)) == {1}

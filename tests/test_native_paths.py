@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import native_solve
 from quantlab.compensation import compensate, inverse_factor
+from quantlab.engine import Sampler
 from quantlab.grid import find_grid
 from quantlab.methods.awq import AWQConfig, rounding_error
 from quantlab.metrics.divergence import compare_logits
@@ -44,6 +45,16 @@ def weight() -> Tensor:
 def moment() -> Tensor:
     x = torch.randn(200, 100, generator=torch.Generator().manual_seed(4))
     return x.t() @ x / 200
+
+
+def test_drawn_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = 3 * torch.randn(500, generator=torch.Generator().manual_seed(5))
+
+    def draws() -> tuple[Tensor, ...]:
+        sampler = Sampler(0.9, 0.95, seed=7)
+        return (torch.tensor([sampler(logits) for _ in range(50)]),)
+
+    both(monkeypatch, draws)
 
 
 @pytest.mark.parametrize("owing", [False, True])

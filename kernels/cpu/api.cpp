@@ -1,5 +1,6 @@
 // The C ABI that Python calls through ctypes. Pointers are the caller's; nothing is copied or kept.
 #include "decoder.h"
+#include "ops.h"
 #include "pack.h"
 
 #if QL_LEVEL >= 4
@@ -65,10 +66,7 @@ int ql_read(const Model* model, const int32_t* tokens, int first, int count, int
             void* pool) {
     read(*model, tokens, first, count, every != 0, logits, *(Pool*)pool);
     const float* last = logits + (every ? (int64_t)(count - 1) * model->vocabulary : 0);
-    int best = 0;
-    for (int i = 1; i < model->vocabulary; i++)
-        if (last[i] > last[best]) best = i;
-    return best;
+    return (int)argmax(last, model->vocabulary);
 }
 
 #if QL_LEVEL >= 4

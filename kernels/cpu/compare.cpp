@@ -14,12 +14,8 @@ struct Row {
 
     // Where it is largest (the first of equals), and log sum exp.
     void read() {
-        F top = splat(-INFINITY);
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) top = at_least(load<F>(at + i), top);
-        float peak = largest(top);
-        for (; i < count; i++) peak = at[i] > peak ? at[i] : peak;
-        for (best = 0; best < count - 1 && !(at[best] == peak);) best++;
+        best = argmax(at, count);
+        const float peak = at[best];
         double total = 0;
         each_block([&](int64_t from, int64_t to) {
             F sums{};

@@ -1,4 +1,4 @@
-// The small steps between the products: norms, activations, rotation, exponentials.
+// The small steps between the products: norms, activations, rotation, exponentials, maxima.
 #pragma once
 
 #include "simd.h"
@@ -66,6 +66,18 @@ inline void rotate(float* head, const float* cosine, const float* sine, int rota
         head[i] = a * cosine[i] - b * sine[i];
         head[i + half] = b * cosine[i] + a * sine[i];
     }
+}
+
+// Where it is largest, the first of equals. NaN is passed over; 0 where there is nothing else.
+inline int64_t argmax(const float* at, int64_t count) {
+    F top = splat(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) top = at_least(load<F>(at + i), top);
+    float peak = largest(top);
+    for (; i < count; i++) peak = at[i] > peak ? at[i] : peak;
+    for (i = 0; i < count; i++)
+        if (at[i] == peak) return i;
+    return 0;
 }
 
 inline float softcap(float x, float cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }

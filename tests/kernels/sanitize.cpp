@@ -30,6 +30,7 @@ void ql_add_moment(float*, const uint16_t*, const uint16_t*, int64_t tokens, int
 #endif
 void ql_compare_logits(const float*, const float*, const int64_t*, int64_t rows, int64_t count, double*,
                        double*, uint8_t*, void* pool);
+int ql_sample(const float*, int64_t count, double temperature, double top_p, double uniform, void*);
 int ql_read(const Model*, const int32_t*, int first, int count, int every, float* logits, void* pool);
 }
 
@@ -171,6 +172,22 @@ void solving(void* pool) {
         }
 }
 
+void sampling(void* pool) {
+    for (int64_t count : {1, 7, 8, 9, 63, 64, 65, 200, 1000})
+        for (const double temperature : {5e-324, 1e-3, 0.7, 1.7e308})
+            for (const double top_p : {1e-9, 0.5, 0.95, 1.})
+                for (const double uniform : {0., 0.4, 0x1.fffffffffffffp-1}) {
+                    Exact<float> logits = numbers(count);
+                    for (int64_t i = 1; i < count; i++)
+                        if (!whole(5)) logits[i] = whole(2) ? logits[i - 1] : -INFINITY;
+                    const int token = ql_sample(logits.get(), count, temperature, top_p, uniform, pool);
+                    if (token < 0 || token >= count || !(logits[token] > -INFINITY)) fail("no such token");
+                    logits[whole((int)count)] = whole(2) ? NAN : INFINITY;
+                    if (ql_sample(logits.get(), count, temperature, top_p, uniform, pool) != -1)
+                        fail("a token without probabilities");
+                }
+}
+
 void moments(void* pool) {
 #if QL_LEVEL >= 4
     for (int tokens : {1, 31, 40})
@@ -272,6 +289,7 @@ int main() {
         void* pool = ql_pool_new(threads);
         linears(pool);
         solving(pool);
+        sampling(pool);
         moments(pool);
         for (const bool options : {false, true}) {
             for (int mode : {EXACT, INT8_BLOCK}) {
