@@ -17,6 +17,7 @@ from quantlab.engine import Choose, Session, encode_prompt, generate
 from quantlab.models import LoadedModel
 from quantlab.results import ResultRecord
 from quantlab.types import Event, Generation, OutputDelta, Progress
+from tests.test_engine import byte_fallback
 from tests.test_stops import oracle
 from tests.tiny import CONTEXT, EOS, FEW, VOCABULARY, tiny, tokenizer
 
@@ -27,6 +28,7 @@ class Script:
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = list(tokens)
         self.read: list[int] = []
+        self.prompt_length = len(tokenizer()("Why?").input_ids)
 
     def prefill(self, ids: Sequence[int]) -> int:
         self.read = list(ids)
@@ -36,10 +38,6 @@ class Script:
         assert token == self.tokens[len(self.read) - self.prompt_length]
         self.read.append(token)
         return self.tokens[len(self.read) - self.prompt_length]
-
-    @property
-    def prompt_length(self) -> int:
-        return len(tokenizer()("Why?").input_ids)
 
 
 def spoken(text: str) -> list[int]:
@@ -147,6 +145,22 @@ def test_what_might_have_been_a_stop_string_is_shown_at_the_end() -> None:
     assert found.tokens == tuple(said)
     found, events, _ = answer(said, len(said), ["sea shells"])
     assert found.text == streamed(events) == "She sells sea"
+
+
+def test_a_stop_string_of_byte_tokens_ends_at_once() -> None:
+    """A line break is a byte token in Llama's vocabulary; its text is shown when its run ends, but
+    what comes next is not waited for."""
+    reader = byte_fallback()
+    said = reader.convert_tokens_to_ids(["▁the", "<0x21>", "<0x0A>", "s"])
+    script, events = Script(said), list[Event]()
+    script.prompt_length = len(encode_prompt(reader, "the cat"))
+    (found,) = answer_prompts(
+        lambda choose: script, reader, ["the cat"], 9, "x", events.append, ["\n"]
+    )
+    assert found.text == streamed(events) == "the!"
+    assert found.tokens == tuple(said[:3])
+    assert found.pieces == ("the", "", "!")
+    assert script.read[script.prompt_length :] == said[:2]
 
 
 def test_choices_end_with_the_place_of_the_stop_string() -> None:

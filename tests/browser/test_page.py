@@ -370,10 +370,13 @@ def test_options_of_a_variant_reach_its_run(tab: Tab, app: App, model: Path) -> 
     tab.find("#add").click()
     expect(tab.find(".ql-chip-name")).to_have_text(["GPTQ 4-bit*", "GGUF Q4_K_M"])
     tab.only_variants("GPTQ 4-bit")
+    tab.find("#stop-strings textarea").fill("e\n\\n\n s")
     tab.run()
     tab.status("Finished")
     run = Store(app.home).run(tab.run_id())
     assert [v.label for v in run.spec.variants] == ["gptq:4:act_order=false:damp_percent=0.05"]
+    assert run.spec.stop_strings == ("e", "\n", " s")
+    assert not [s for s in run.spec.stop_strings if s in run.records[0].outputs[0].text]
 
 
 def test_a_run_is_opened_and_deleted_from_the_history(tab: Tab, app: App, finished: str) -> None:

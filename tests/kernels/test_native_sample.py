@@ -90,6 +90,16 @@ def test_tokens_come_as_often_as_they_should(draw: Draw, top_p: float) -> None:
     assert float((counts - steps * wanted).abs().max()) <= 1
 
 
+@by_draw
+def test_equal_tokens_have_equal_steps(draw: Draw) -> None:
+    """Exactly: weights of 1, and sums without rounding. At a step's edge the next token begins."""
+    logits = torch.zeros(128)
+    drawn = [draw(logits, 2.0, 1.0, step / 256) for step in range(256)]
+    assert drawn == [step // 2 for step in range(256)]
+    drawn = [draw(logits, 2.0, 0.5, step / 128) for step in range(128)]
+    assert drawn == [step // 2 for step in range(128)], "half of them are enough"
+
+
 @pytest.mark.parametrize("count", [97, 49152])
 def test_both_draw_the_same_tokens(count: int) -> None:
     """From the same numbers. That one of these lies within the rounding of a sum, 49,152 2^-53 of
