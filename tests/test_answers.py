@@ -167,9 +167,10 @@ def test_choices_end_with_the_place_of_the_stop_string() -> None:
     model = tiny("llama")
     (whole,) = answers_of(model, ())
     assert len(whole.choices) == 12
-    at = next(n for n in range(4, 12) if whole.pieces[n].strip() not in ("", *whole.pieces[:n]))
-    (found,) = answers_of(model, (whole.pieces[at],))
-    assert found.text == "".join(whole.pieces[:at])
+    pairs = ["".join(whole.pieces[n : n + 2]) for n in range(11)]
+    at = next(n for n in range(4, 11) if whole.pieces[n] and pairs[n] not in pairs[:n])
+    (found,) = answers_of(model, (pairs[at],))
+    assert found.text == "".join(whole.pieces[:at]) == whole.text.split(pairs[at])[0]
     assert found.tokens == whole.tokens[:at]
     assert found.choices == whole.choices[: at + 1]
 
