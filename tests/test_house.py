@@ -127,7 +127,7 @@ ELSEWHERE = "quantlab.peers.workers."
 
 OPTIONAL = {
     "triton": "kernels.gpu.",
-    **dict.fromkeys(("gptqmodel", "awq", "auto_gptq"), ELSEWHERE),
+    **dict.fromkeys(("gptqmodel", "awq", "auto_gptq", "bitsandbytes"), ELSEWHERE),
 }
 """Packages that a part of the program cannot do without, and the rest can: only there they are
 imported, and nothing of it is imported at start. Triton comes with torch's builds for CUDA."""
