@@ -158,7 +158,13 @@ def to_html(run: Run, language: str | None = None) -> str:
 
 def settings(spec: RunSpec, say: Words) -> list[tuple[str, str]]:
     """What a run was asked to do, as names and values for people."""
-    rows = [
+    return [(say(f"setting_{key}"), value) for key, value in setting_rows(spec, say)]
+
+
+def setting_rows(spec: RunSpec, say: Words) -> list[tuple[str, str]]:
+    """The same with the keys of the names: the texts `setting_<key>`, explained by
+    `tip_setting_<key>`."""
+    return [
         ("model", spec.model),
         ("variants", ", ".join(variant.label for variant in spec.variants)),
         ("group_size", str(spec.group_size)),
@@ -168,7 +174,6 @@ def settings(spec: RunSpec, say: Words) -> list[tuple[str, str]]:
         ("threads", str(spec.threads or say("setting_threads_auto"))),
         ("seed", str(spec.seed)),
     ]
-    return [(say(f"setting_{key}"), value) for key, value in rows]
 
 
 def environment_rows(
