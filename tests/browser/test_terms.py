@@ -3,6 +3,8 @@ on hover and on keyboard focus. That there is one for every term is a test witho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from playwright.sync_api import Browser, Locator, expect
 
@@ -19,19 +21,27 @@ def test_terms_explain_themselves(chromium: Browser, app: App, locale: str, lang
     tab = Tab(context.new_page(), app).open()
     tip = tab.find("#ql-tip")
 
-    def hovered(target: Locator, key: str) -> None:
-        tab.page.mouse.move(2, 2)
-        expect(tip).to_be_hidden()
-        target.scroll_into_view_if_needed()
-        target.hover(force=True)
+    def told(reach: Callable[[], None], key: str) -> None:
+        """Reached by hand until it is explained: while the page arrives it may move away."""
+        for _ in range(40):
+            tab.page.mouse.move(2, 2)
+            reach()
+            if tip.is_visible() and tip.inner_text() == say(key):
+                return
+            tab.page.wait_for_timeout(250)
         expect(tip).to_have_text(say(key))
         expect(tip).to_be_visible()
 
+    def hovered(target: Locator, key: str) -> None:
+        target.scroll_into_view_if_needed()
+        told(lambda: target.hover(force=True), key)
+
     def focused(target: Locator, key: str) -> None:
-        tab.page.mouse.move(2, 2)
-        target.focus()
-        expect(tip).to_have_text(say(key))
-        expect(tip).to_be_visible()
+        def reach() -> None:
+            target.blur()
+            target.focus()
+
+        told(reach, key)
         expect(target).to_have_attribute("aria-describedby", "ql-tip")
         tab.page.keyboard.press("Escape")
         expect(tip).to_be_hidden()
