@@ -178,10 +178,16 @@ def plan_of(
     return labs.Plan(spec, *(tuple(dict.fromkeys(t or ())) for t in (calibrations, evaluations)))
 
 
+def _plan(client: Client, *given: Any) -> labs.Plan:
+    """The lab of the form's inputs, in their order."""
+    model, methods, calibrations, evaluations, *counts = given
+    return plan_of(model, methods, calibrations, evaluations, counts, client.say)
+
+
 def _look(client: Client, *given: Any) -> str:
     """What the matrix of the form will take; what is wrong with it is said when it is started."""
     try:
-        cost = labs.cost(plan_of(*given[:4], given[4:], client.say), pipeline.estimate)
+        cost = labs.cost(_plan(client, *given), pipeline.estimate)
     except QuantLabError:
         return actions.no_estimate(client)
     return actions.estimate_html(client, cost)
@@ -190,7 +196,7 @@ def _look(client: Client, *given: Any) -> str:
 def _start(client: Client, *given: Any) -> str:
     """Queue the matrix; an error is one message beside the button."""
     try:
-        plan = plan_of(*given[:4], given[4:], client.say)
+        plan = _plan(client, *given)
         labs.check(plan, pipeline.validate)
         labs.submit(services().store, services().queue, plan)
         services().history(fresh=True)
