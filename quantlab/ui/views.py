@@ -274,19 +274,11 @@ def detail(client: Client, run: Run) -> str:
 
 def facts(client: Client, run: Run) -> str:
     """Settings and environment of a run."""
-    say = client.say
     return render(
         "facts.html",
         client.language,
-        settings=[
-            (say(f"setting_{key}"), value, say(f"tip_setting_{key}"))
-            for key, value in report.setting_rows(run.spec, say)
-        ],
-        environment=[
-            (*row, say(f"tip_environment_{key}") if say.has(f"tip_environment_{key}") else "")
-            for key, value in run.environment.items()
-            for row in report.environment_rows({key: value}, say)
-        ],
+        settings=report.explained_settings(run.spec, client.say),
+        environment=report.explained_environment(run.environment, client.say),
     )
 
 
