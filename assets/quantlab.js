@@ -276,17 +276,49 @@
   tip.setAttribute("role", "tooltip");
   tip.hidden = true;
   let tipped = null;
+  let described = null;
+  // Labels of controls, titles of axes and entries of legends are drawn by Gradio and Plotly: what
+  // explains them is looked up, by the control's id or by what is drawn. [where it stands, text]
+  let drawn = null;
+  function explained(event) {
+    const kept = document.querySelector("#tips [data-tips]");
+    const say = window.gradio_config?.i18n_translations?.[language()];
+    if (!kept || !say || !event.target.closest) return [null, ""];
+    drawn ??= JSON.parse(kept.dataset.tips);
+    const axis = event.target.closest(".infolayer g[class$=title] text");
+    const entry = event.target.closest(".legend .traces")?.querySelector(".legendtext");
+    if (axis || entry) {
+      const text = (axis ?? entry).dataset.unformatted ?? (axis ?? entry).textContent;
+      const keys = axis ? drawn.axes : drawn.legends;
+      // Two tabs may write the same word for different things.
+      const tab = ["inspect", "learn"].find((one) => event.target.closest(`#${one}`)) ?? "";
+      const named = Object.keys(keys).filter((one) => text === say[one] || text.endsWith(`, ${say[one]}`));
+      const key = named.find((one) => one.startsWith(tab)) ?? named[0];
+      return [axis ?? entry, key ? say[keys[key]] : ""];
+    }
+    let holder = event.target;
+    while (holder && !Object.hasOwn(drawn.controls, holder.id)) holder = holder.parentElement;
+    if (!holder) return [null, ""];
+    const label = holder.querySelector('[data-testid="block-info"]') ?? holder.querySelector("label");
+    const meant = event.type === "focusin" || label?.contains(event.target);
+    return meant ? [label ?? holder, say[drawn.controls[holder.id]]] : [null, ""];
+  }
   function showTip(event) {
-    const target = event.target.closest?.("[data-tip]");
-    if (target === tipped) return;
+    const marked = event.target.closest?.("[data-tip]");
+    const [target, text] = marked ? [marked, marked.dataset.tip] : explained(event);
+    if (target && target === tipped) return;
     hideTip();
-    if (!target || !target.dataset.tip) return;
+    if (!target || !text) return;
     tipped = target;
-    tip.textContent = target.dataset.tip;
+    tip.textContent = text;
     if (!tip.isConnected) document.body.append(tip);
     tip.hidden = false;
-    target.setAttribute("aria-describedby", "ql-tip");
-    const box = target.getBoundingClientRect();
+    described = event.type === "focusin" ? event.target : target;
+    described.setAttribute("aria-describedby", "ql-tip");
+    placeTip();
+  }
+  function placeTip() {
+    const box = tipped.getBoundingClientRect();
     const own = tip.getBoundingClientRect();
     const left = Math.min(Math.max(8, box.left + box.width / 2 - own.width / 2), innerWidth - own.width - 8);
     const above = box.top - own.height - 8;
@@ -294,14 +326,18 @@
     tip.style.top = `${above > 4 ? above : box.bottom + 8}px`;
   }
   function hideTip() {
-    tipped?.removeAttribute("aria-describedby");
-    tipped = null;
+    described?.removeAttribute("aria-describedby");
+    tipped = described = null;
     tip.hidden = true;
   }
   document.addEventListener("mouseover", showTip);
   document.addEventListener("focusin", showTip);
   document.addEventListener("focusout", hideTip);
-  document.addEventListener("scroll", hideTip, true);
+  // The focus scrolls what it goes to into view: its explanation goes along.
+  document.addEventListener("scroll", () => {
+    if (described && described === document.activeElement) placeTip();
+    else hideTip();
+  }, true);
   document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
 
   // Copy buttons: of a text on the page, or of the address, which names what is in view.

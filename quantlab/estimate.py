@@ -77,10 +77,11 @@ def parameter_count(model: str) -> int | None:
     return size // 2 or None
 
 
-def estimate(spec: RunSpec) -> Estimate:
+def estimate(spec: RunSpec, *, quantized: bool = False) -> Estimate:
     """Seconds and bytes, from forward passes at this machine's measured matrix speed.
 
-    A plan, not a promise: it ignores what is cached already.
+    A plan, not a promise: it ignores what is cached already, unless the caller knows that all of it
+    is `quantized`; then only loading and measuring are left.
     """
     parameters = parameter_count(spec.model)
     if parameters is None:
@@ -100,6 +101,8 @@ def estimate(spec: RunSpec) -> Estimate:
         seconds += (
             len(spec.prompts) * spec.max_new_tokens * 2 * parameters / DECODE_BYTES_PER_SECOND
         )
+        if quantized:
+            continue
         config = configure(variant, spec.group_size)
         needs = method.needs_for(config)
         if method.peer is not None:

@@ -20,7 +20,7 @@ from quantlab.errors import ConfigError
 from quantlab.jobs import JobQueue, JobView
 from quantlab.results import ResultRecord
 from quantlab.store import Store
-from quantlab.types import RunSpec
+from quantlab.types import Estimate, RunSpec
 
 MOST_RUNS = 24
 """Pairs of texts in one lab, so that a wrong click does not fill the queue for days."""
@@ -99,6 +99,25 @@ def check(plan: Plan, validate: Callable[[RunSpec], None]) -> None:
         )
     for spec in plan.specs():
         validate(spec)
+
+
+def cost(plan: Plan, estimate: Callable[..., Estimate]) -> Estimate:
+    """What the whole matrix will take: of each calibration text's comparisons only the first has to
+    quantize. `estimate` is the pipeline's.
+
+    Raises: ConfigError, for options that cannot be."""
+    every = [
+        estimate(
+            dataclasses.replace(plan.spec, calibration=calibration, text=text), quantized=place > 0
+        )
+        for calibration in plan.calibrations
+        for place, text in enumerate(plan.evaluations)
+    ]
+    return Estimate(
+        sum(one.seconds for one in every),
+        max((one.peak_bytes for one in every), default=0),
+        next((one.note for one in every if one.note), ""),
+    )
 
 
 def submit(store: Store, queue: JobQueue, plan: Plan) -> str:

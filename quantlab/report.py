@@ -158,6 +158,11 @@ def to_html(run: Run, language: str | None = None) -> str:
 
 def settings(spec: RunSpec, say: Words) -> list[tuple[str, str]]:
     """What a run was asked to do, as names and values for people."""
+    return [(name, value) for name, value, _ in explained_settings(spec, say)]
+
+
+def explained_settings(spec: RunSpec, say: Words) -> list[tuple[str, str, str]]:
+    """The same, each with what explains its name."""
     rows = [
         ("model", spec.model),
         ("variants", ", ".join(variant.label for variant in spec.variants)),
@@ -168,7 +173,16 @@ def settings(spec: RunSpec, say: Words) -> list[tuple[str, str]]:
         ("threads", str(spec.threads or say("setting_threads_auto"))),
         ("seed", str(spec.seed)),
     ]
-    return [(say(f"setting_{key}"), value) for key, value in rows]
+    return [(say(f"setting_{key}"), value, say(f"tip_setting_{key}")) for key, value in rows]
+
+
+def explained_environment(environment: Mapping[str, Any], say: Words) -> list[tuple[str, str, str]]:
+    """`environment_rows`, each with what explains its name; '' for what is not known here."""
+    return [
+        (*row, say(tip) if say.has(tip := f"tip_environment_{key}") else "")
+        for key, value in environment.items()
+        for row in environment_rows({key: value}, say)
+    ]
 
 
 def environment_rows(

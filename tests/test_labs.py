@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantlab import labs, pipeline
+from quantlab import estimate, labs, pipeline
 from quantlab.errors import ConfigError, QuantLabError, TextError
 from quantlab.jobs import JobQueue
 from quantlab.methods import parse_variants
@@ -28,6 +28,36 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 PLAN = labs.Plan(
     RunSpec(model="m", variants=parse_variants("gptq:4,awq:4")), ("project", "self"), ("a", "b")
 )
+
+
+def test_the_estimate_is_the_sum_of_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calibration texts by three evaluation texts, by hand, at 10^11 operations a second."""
+    monkeypatch.setattr(estimate, "matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(estimate, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(estimate, "parameter_count", lambda model: 134_515_008)
+    spec = RunSpec(
+        variants=parse_variants("rtn:4,gptq:4"), eval_tokens=1000, calibration_tokens=2000
+    )
+    plan = labs.Plan(spec, ("project", "self"), ("project", "wikitext2", "c4"))
+    forward = 2 * 134_515_008
+    reading = forward * 1000 / (0.22 * 1e11)  # once by the original, once by each variant
+    comparison = reading + 2 * (4.0 + reading)
+    # Rounding takes nothing; GPTQ one pass with its sums of products, and its search.
+    passing = forward * 2000 / (0.42 * 1e11) + 0.1 * forward * 2000 / (0.22 * 1e11)
+    found = labs.cost(plan, pipeline.estimate)
+    assert found.seconds == pytest.approx(6 * comparison + 2 * (passing + 16.0), rel=1e-12)
+    assert found.peak_bytes == pipeline.estimate(spec).peak_bytes
+    # The form says the same, rounded to seconds, before anything is queued.
+    minutes, seconds = divmod(round(found.seconds), 60)
+    form = ["bundled", ["rtn:4", "gptq:4"], [*plan.calibrations], [*plan.evaluations]]
+    counts = [2000, spec.calibration_length, 1000, spec.window, spec.group_size]
+    assert f"<strong>{minutes}:{seconds:02d}</strong>" in calibration_lab._look(
+        ENGLISH, *form, *counts
+    )
+    for wrong in ([form[0], None, *form[2:], *counts], [*form, None, *counts[1:]]):
+        assert SAY("estimate_unknown") in calibration_lab._look(ENGLISH, *wrong)
+    monkeypatch.setattr(estimate, "parameter_count", lambda model: None)
+    assert "unknown until" in calibration_lab._look(ENGLISH, *form, *counts)
 
 
 @pytest.fixture

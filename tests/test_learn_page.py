@@ -3,6 +3,7 @@ becomes markup; clicks change what they should."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from quantlab.plots.terms import paragraphs
 from quantlab.plots.words import translations, words
 from quantlab.ui import learn, learn_step
 from quantlab.ui.client import Client
+from quantlab.ui.latest import Latest
 from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson, Scene, Step
+from quantlab.ui.shared import Shared
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 STEPS = [(lesson, step) for lesson in LESSONS.values() for step in lesson.steps]
@@ -142,7 +145,7 @@ def answered(lesson: str, name: str, value: str, **changes: Any) -> list[Any]:
     event = SimpleNamespace(_data={"value": value})
     state = changes.pop("state", {})
     given = [changes.get(control.name, control.value) for control in step.controls]
-    return act(event, Client(), "", {"file": "", "layer": ""}, state, *given)
+    return act(event, Latest(), Client(), "", {"file": "", "layer": ""}, state, *given)
 
 
 def test_a_flipped_bit_becomes_the_value() -> None:
@@ -201,6 +204,106 @@ def test_a_moved_variant_stays_moved_and_is_scored() -> None:
     assert f"{score.right} / {score.pairs}" in revealed
     state, *_ = answered("quiz", "predict", f"up:{HOSTILE}")
     assert state["order"] == names
+
+
+@pytest.fixture(scope="module")
+def tab() -> learn.Learn:
+    """The tab alone, in a page of its own."""
+
+    async def built() -> learn.Learn:  # Outside of a loop Gradio makes one that nobody closes.
+        with gr.Blocks():
+            states = [gr.State(one) for one in (Client(), "", {}, "", False)]
+            return learn.build(Shared(*states))
+
+    return asyncio.run(built())
+
+
+NOWHERE = {"file": "", "layer": ""}
+
+
+def opened(tab: learn.Learn, latest: Latest, number: int) -> dict[Any, Any]:
+    """The answer to the event that opens this step of the first lesson."""
+    states = [dict(lesson.start) for lesson in LESSONS.values()]
+    controls = [one.value for stage in tab.all_stages for one in stage.controls]
+    where = {"lesson": learn.FIRST, "steps": {learn.FIRST: number}}
+    return tab._paint(latest, Client(), "", NOWHERE, where, *states, *controls)
+
+
+def overtaking(monkeypatch: pytest.MonkeyPatch, newer: Callable[[], Any]) -> list[Any]:
+    """While the first answer is computed, `newer` is asked and answered; its answer."""
+    answers: list[Any] = []
+    real = learn.moved
+
+    def slow(*given: Any) -> list[Any]:
+        if not answers:
+            answers.append(None)
+            answers[0] = newer()
+        return real(*given)
+
+    monkeypatch.setattr(learn, "moved", slow)
+    return answers
+
+
+def test_a_late_answer_leaves_the_newer_steps_frame(
+    tab: learn.Learn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of lessons and the address would be those of the step before."""
+    latest = Latest()
+    newer = overtaking(monkeypatch, lambda: opened(tab, latest, 2))
+    late = opened(tab, latest, 1)
+    assert 'data-step="2"' in newer[0][tab.nav]
+    assert late[tab.nav] == late[tab.source.origin] == gr.skip()
+    first, second = tab.stages[learn.FIRST][:2]
+    assert "<h3>" in late[first.text], "which nobody else paints"
+    assert "<h3>" in newer[0][second.text]
+    assert 'data-step="1"' in opened(tab, latest, 1)[tab.nav], "not late any more"
+
+
+def test_a_late_answer_leaves_what_was_moved_meanwhile(
+    tab: learn.Learn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is still being opened when its value is typed; then the same with a flipped bit."""
+    latest, stage = Latest(), tab.stages["formats"][0]
+    move, act = learn._moving(stage), learn._answering(stage)
+    newer = overtaking(
+        monkeypatch, lambda: move(latest, Client(), "", NOWHERE, {}, "12345", 0, "absmax")
+    )
+    late = opened(tab, latest, 1)
+    assert 'data-value="12345.0"' in newer[0][1]
+    assert 'data-step="1"' in late[tab.nav]
+    assert not late.keys() & set(stage.outputs)
+
+    newer = overtaking(
+        monkeypatch, lambda: move(latest, Client(), "", NOWHERE, {}, "12345", 0, "absmax")
+    )
+    event = SimpleNamespace(_data={"value": "flip:bf16:0"})
+    kept, value, _, _, *shown = act(event, latest, Client(), "", NOWHERE, {}, "1.5", 0, "absmax")
+    assert (kept, float(value)) == ({}, -1.5)
+    assert shown == [gr.skip()] * len(stage.outputs)
+
+    newer = overtaking(monkeypatch, lambda: opened(tab, latest, 1))
+    late_move = move(latest, Client(), "", NOWHERE, {}, "12345", 0, "absmax")
+    assert stage.text in newer[0]
+    assert late_move == [gr.skip()] * len(stage.outputs)
+
+
+def test_a_tick_paints_nothing_but_another_models_slices(tab: learn.Learn) -> None:
+    """Of a tick's many answers a late one would paint the old model over the new one."""
+    page = tab.nav
+    while page.parent is not None:
+        page = page.parent
+    events = list(page.fns.values())
+    chosen = tab.source.chosen
+    ticks = {one._id for one in events if any(name == "tick" for _, name in one.targets)}
+    painters = [one for one in events if tab.nav in one.outputs]
+    assert ticks
+    assert not ticks & {one.trigger_after for one in painters}
+    (follower,) = [one for one in painters if (chosen._id, "change") in one.targets]
+    assert follower.trigger_mode == "always_last"
+    # The browser notices the change of a State only where a queued event brings it.
+    bringing = [one for one in events if chosen in one.outputs]
+    unpainted = [one for one in bringing if one._id not in {p.trigger_after for p in painters}]
+    assert {one.queue for one in unpainted if one.fn.__name__ != "_start"} == {True}
 
 
 def test_a_layer_that_is_too_narrow_is_said() -> None:

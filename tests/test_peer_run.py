@@ -120,7 +120,7 @@ def test_a_peer_is_a_row_like_any_other(original: Path, peers: Path) -> None:
     assert row.details["peer"]["patch"] == "a copy"
     assert row.details["peer"]["versions"]["torch"] == torch.__version__
     assert row.environment["calibration"] == records[3].environment["calibration"]
-    shown = dict(fragments.details(row, words("en")))
+    shown = {name: value for name, value, _ in fragments.details(row, words("en"))}
     assert shown["Made by"] == "Fake 1.5 (its defaults)"
 
     given = json.loads(asked.read_text())

@@ -6,10 +6,9 @@ import html
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from quantlab.plots import palette
-from quantlab.plots.drawing import canvas
+from quantlab.plots.drawing import canvas, panels
 from quantlab.plots.words import words
 from quantlab.results import ResultRecord
 
@@ -29,7 +28,7 @@ def training(
     of every step of training end to end. Logarithmic, since losses span decades."""
     say = words(language)
     shown = trained(records)
-    split = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    split = panels(1, 2, horizontal_spacing=0.12)
     figure = canvas(say, dark, say("figure_training"), say("figure_training_lower"), split)
     for place, record in enumerate(shown):
         name = html.escape(palette.short(record))

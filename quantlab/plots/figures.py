@@ -9,11 +9,10 @@ import json
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from quantlab.plots import numbers, palette
 from quantlab.plots.curves import trained, training
-from quantlab.plots.drawing import bar_height, bars, canvas, scatter
+from quantlab.plots.drawing import bar_height, bars, canvas, panels, scatter
 from quantlab.plots.words import words
 from quantlab.results import ResultRecord
 
@@ -88,12 +87,7 @@ def speed(
         dark,
         say("figure_speed"),
         subtitle,
-        make_subplots(
-            rows=1,
-            cols=2,
-            shared_yaxes=True,
-            horizontal_spacing=0.08,
-        ),
+        panels(1, 2, shared_yaxes=True, horizontal_spacing=0.08),
     )
     names = [palette.short(r) for r in shown]
     for column, field in ((1, "decode_tokens_per_second"), (2, "prefill_tokens_per_second")):

@@ -90,22 +90,30 @@ def _pending_row(row: Pending) -> dict[str, object]:
     }
 
 
-def details(record: ResultRecord, say: Words) -> list[tuple[str, str]]:
-    """What the table leaves out: kernel, fallbacks, options, intervals, artifact."""
+def details(record: ResultRecord, say: Words) -> list[tuple[str, str, str]]:
+    """What the table leaves out: kernel, fallbacks, options, intervals, artifact. Names, values,
+    and the keys of the texts that explain them."""
+    perplexity = interval(record.perplexity_ci, numbers.perplexity)
+    divergence = interval(record.kl_divergence_ci, numbers.divergence)
+    bits = str(record.activation_bits or numbers.NOTHING)
     rows = [
-        (say("column_kernel"), record.kernel or numbers.NOTHING),
-        (say("column_memory"), numbers.gigabytes(record.peak_rss_bytes)),
-        (say("detail_activation_bits"), str(record.activation_bits or numbers.NOTHING)),
-        (say("detail_perplexity_ci"), interval(record.perplexity_ci, numbers.perplexity)),
-        (say("detail_kl_ci"), interval(record.kl_divergence_ci, numbers.divergence)),
+        (say("column_kernel"), record.kernel or numbers.NOTHING, "tip_detail_kernel"),
+        (say("column_memory"), numbers.gigabytes(record.peak_rss_bytes), "tip_detail_memory"),
+        (say("detail_activation_bits"), bits, "tip_detail_activation_bits"),
+        (say("detail_perplexity_ci"), perplexity, "tip_detail_perplexity_ci"),
+        (say("detail_kl_ci"), divergence, "tip_detail_kl_ci"),
     ]
-    rows += allocation(record, say)
-    rows += [(key.replace("_", " "), _plain(value)) for key, value in record.config.items()]
+    rows += [(*row, "tip_detail_allocation") for row in allocation(record, say)]
+    rows += [
+        (key.replace("_", " "), _plain(value), "tip_detail_option")
+        for key, value in record.config.items()
+    ]
     if peer := record.details.get("peer"):
-        rows.append((say("detail_peer"), f"{peer['peer']} {peer['version']} ({peer['settings']})"))
-    rows += [(say("badge_fallback"), fallback) for fallback in record.fallbacks]
+        made = f"{peer['peer']} {peer['version']} ({peer['settings']})"
+        rows.append((say("detail_peer"), made, "tip_detail_peer"))
+    rows += [(say("badge_fallback"), one, "tip_detail_fallback") for one in record.fallbacks]
     if record.artifact:
-        rows.append((say("detail_artifact"), record.artifact))
+        rows.append((say("detail_artifact"), record.artifact, "tip_detail_artifact"))
     return rows
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "assets" / "i18n"
-PARTS = ("learn", "judging", "inspect")
+PARTS = ("learn", "judging", "inspect", "terms")
 """Folders with files of their own, one a language as above."""
 DEFAULT = "en"
 NAMES = {"en": "English", "ja": "日本語"}
@@ -21,7 +21,7 @@ NAMES = {"en": "English", "ja": "日本語"}
 @cache
 def translations() -> dict[str, dict[str, str]]:
     """Language code -> key -> text, as the files have it: a language's own file, and those of the
-    same name that hold its walkthroughs, what helps to judge, and its Inspect tab."""
+    same name that hold its walkthroughs, what helps to judge, its Inspect tab, and explanations."""
     return {
         path.stem: {
             key: text

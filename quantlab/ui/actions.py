@@ -14,7 +14,7 @@ from quantlab import pipeline
 from quantlab.errors import QuantLabError
 from quantlab.plots import numbers
 from quantlab.plots.templates import render
-from quantlab.types import RunSpec
+from quantlab.types import Estimate
 from quantlab.ui import form, options, variants
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
@@ -64,9 +64,8 @@ def placed(error: QuantLabError | None, client: Client, note: str = "") -> list[
     return [*shown, *opened]
 
 
-def estimate_html(client: Client, spec: RunSpec) -> str:
+def estimate_html(client: Client, cost: Estimate) -> str:
     """Time and memory of a run; where they cannot be known yet, the pipeline's note says why."""
-    cost = pipeline.estimate(spec)
     return render(
         "estimate.html",
         client.language,
@@ -97,7 +96,7 @@ def look(client: Client, refused: Refused, *values: Any) -> list[Any]:
     problem = None
     try:
         spec = form.spec_of(data, client.say)
-        shown = estimate_html(client, spec)
+        shown = estimate_html(client, pipeline.estimate(spec))
     except QuantLabError as error:
         shown, problem = no_estimate(client), error
     if problem is None and data == refused.form:

@@ -33,12 +33,13 @@ EVALUATIONS = ("project", "wikitext2", "c4")
 NUMBERS = ("calibration_tokens", "calibration_length", "eval_tokens", "window", "group_size")
 
 
-def build(shared: Shared) -> dict[str, Any]:
-    """Lay the lab out and connect it; the pieces that the painter fills."""
+def build(shared: Shared, page: gr.Tab) -> dict[str, Any]:
+    """Lay the lab out on the page and connect it; the pieces that the painter fills."""
     pieces: dict[str, Any] = {}
     with gr.Row(elem_id="lab", equal_height=False):
         with gr.Column(scale=1, min_width=300, elem_id="lab-form"):
             inputs = _form()
+            estimate = html("lab-estimate")
             start = gr.Button(i18n("lab_start"), variant="primary", elem_id="lab-start")
             notice = html("lab-message", "quantlab.message(element, watch)")
         with gr.Column(scale=2, min_width=320, elem_id="lab-results"):
@@ -63,6 +64,14 @@ def build(shared: Shared) -> dict[str, Any]:
     started = start.click(_start, [shared.client, *inputs], notice, **BUSY)
     shared.repaint.append(started)
     shared.repaint.append(pieces["lab_cancel"].click(_cancel, None, None, **QUIET))
+    gr.on(
+        [page.select, *(one.change for one in inputs)],
+        _look,
+        [shared.client, *inputs],
+        estimate,
+        trigger_mode="always_last",
+        **BUSY,
+    )
     return pieces
 
 
@@ -152,9 +161,9 @@ def _with(path: str, chosen: list[str]) -> list[str]:
 
 def plan_of(
     model: str,
-    methods: Sequence[str],
-    calibrations: Sequence[str],
-    evaluations: Sequence[str],
+    methods: Sequence[str] | None,
+    calibrations: Sequence[str] | None,
+    evaluations: Sequence[str] | None,
     counts: Sequence[float | None],
     say: Words,
 ) -> labs.Plan:
@@ -166,22 +175,28 @@ def plan_of(
     }
     variants = parse_variants(",".join(one.strip() for one in methods))
     spec = RunSpec(model=(model or "").strip(), variants=variants, **whole)
-    return labs.Plan(spec, *(tuple(dict.fromkeys(t)) for t in (calibrations, evaluations)))
+    return labs.Plan(spec, *(tuple(dict.fromkeys(t or ())) for t in (calibrations, evaluations)))
 
 
-def _start(
-    client: Client,
-    model: str,
-    methods: list[str] | None,
-    calibrations: list[str] | None,
-    evaluations: list[str] | None,
-    *counts: float | None,
-) -> str:
+def _plan(client: Client, *given: Any) -> labs.Plan:
+    """The lab of the form's inputs, in their order."""
+    model, methods, calibrations, evaluations, *counts = given
+    return plan_of(model, methods, calibrations, evaluations, counts, client.say)
+
+
+def _look(client: Client, *given: Any) -> str:
+    """What the matrix of the form will take; what is wrong with it is said when it is started."""
+    try:
+        cost = labs.cost(_plan(client, *given), pipeline.estimate)
+    except QuantLabError:
+        return actions.no_estimate(client)
+    return actions.estimate_html(client, cost)
+
+
+def _start(client: Client, *given: Any) -> str:
     """Queue the matrix; an error is one message beside the button."""
     try:
-        plan = plan_of(
-            model, methods or [], calibrations or [], evaluations or [], counts, client.say
-        )
+        plan = _plan(client, *given)
         labs.check(plan, pipeline.validate)
         labs.submit(services().store, services().queue, plan)
         services().history(fresh=True)

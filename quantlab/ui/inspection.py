@@ -106,8 +106,8 @@ def build(shared: Shared) -> Inspect:
             with gr.Tab(i18n("inspect_layers"), id="layers", elem_id="inspect-tab-layers"):
                 _layers(tab)
                 seen = build_measuring(shared, source.chosen, tab.controls["bits"])
-            with gr.Tab(i18n("lab"), id="lab", elem_id="inspect-tab-lab"):
-                tab.pieces = calibration_lab.build(shared)
+            with gr.Tab(i18n("lab"), id="lab", elem_id="inspect-tab-lab") as lab:
+                tab.pieces = calibration_lab.build(shared, lab)
     seen.change(layers, tab.inputs("layers"), tab.painted("layers", every=True), **MOVING)
     _connect(tab)
     for function in inspection_api.FUNCTIONS:

@@ -1,7 +1,8 @@
 """The Learn tab: walkthroughs of short steps, computed on real pieces of a model.
 
-Nothing here takes long: a step is drawn when it is opened and when something on it is moved. The
-slices of another model come from a process of their own (`capturing`).
+Nothing here takes long: a step is drawn when it is opened and when something on it is moved; an
+answer that was overtaken meanwhile is not shown (`latest`). The slices of another model come from a
+process of their own (`lessons.source`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from gradio.events import api as offer
 from quantlab.errors import QuantLabError
 from quantlab.plots.templates import render
 from quantlab.ui.client import Client
+from quantlab.ui.latest import Latest
 from quantlab.ui.learn_step import Stage, build_step, moved, scene_of
 from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson
@@ -30,11 +32,12 @@ MOVING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 
 @dataclass
 class Learn:
-    """`where` is {"lesson": name, "steps": {name: number}}; `states` the lessons' own; `stages` all
-    steps, by lesson. `redraw` paints the open step after an event."""
+    """`where` is {"lesson": name, "steps": {name: number}}; `latest` a Latest; `states` the
+    lessons' own; `stages` all steps, by lesson. `redraw` paints the open step after an event."""
 
     shared: Shared
     where: Any
+    latest: Any
     nav: Any
     source: Source
     states: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +51,16 @@ class Learn:
 
     def redraw(self, event: Any) -> Any:
         """After `event`, paint the open step and the list of lessons; returns the new event."""
+        return event.then(self._paint, *self._painted(), **QUIET)
+
+    def follow(self, state: Any) -> None:
+        """Paint the same when a gr.State has changed; one answer after the other."""
+        state.change(self._paint, *self._painted(), **MOVING)
+
+    def _painted(self) -> tuple[list[Any], list[Any]]:
+        """Inputs and outputs of `_paint`."""
         inputs = [
+            self.latest,
             self.shared.client,
             self.shared.run_id,
             self.source.chosen,
@@ -61,10 +73,11 @@ class Learn:
             self.source.origin,
             *(one for stage in self.all_stages for one in stage.outputs),
         ]
-        return event.then(self._paint, inputs, outputs, **QUIET)
+        return inputs, outputs
 
     def _paint(
         self,
+        latest: Latest,
         client: Client,
         run_id: str,
         chosen: Mapping[str, str],
@@ -73,6 +86,7 @@ class Learn:
     ) -> dict[Any, Any]:
         lesson, number = place(where)
         stage = self.stages[lesson][number - 1]
+        frame, own = latest.begin("frame"), latest.begin(stage.name)
         kept = rest[list(LESSONS).index(lesson)]
         given = iter(rest[len(LESSONS) :])
         values: list[Any] = []
@@ -80,11 +94,13 @@ class Learn:
             taken = [next(given) for _ in one.controls]
             values = taken if one is stage else values
         made = moved(stage, client, run_id, chosen, kept, values)
-        return {
+        around = {
             self.nav: nav_html(client, lesson, number),
             self.source.origin: origin_html(client, chosen),
-            **dict(zip(stage.outputs, made, strict=True)),
         }
+        if not frame():
+            around = dict.fromkeys(around, gr.skip())
+        return around | (dict(zip(stage.outputs, made, strict=True)) if own() else {})
 
     def arrive(self, linked: Any, tabs: Any) -> None:
         """After the event `linked`, which comes when the page was opened by a link to a step, show
@@ -120,7 +136,7 @@ def build(shared: Shared) -> Learn:
             )
         with gr.Column(scale=4, min_width=320, elem_id="learn-main"):
             source = build_source(shared)
-            tab = Learn(shared, where, nav, source)
+            tab = Learn(shared, where, gr.State(Latest()), nav, source)
             for lesson in LESSONS.values():
                 _lesson(tab, lesson)
     _connect(tab)
@@ -177,16 +193,19 @@ def _connect(tab: Learn) -> None:
     tab.redraw(chosen)
     for event in tab.source.changed:
         tab.redraw(event)
+    tab.follow(tab.source.chosen)
 
 
 def _connect_stage(tab: Learn, stage: Stage) -> None:
     state = tab.states[stage.lesson.name]
-    inputs = [tab.shared.client, tab.shared.run_id, tab.source.chosen, state, *stage.controls]
-
-    def move(
-        client: Client, run_id: str, chosen: Mapping[str, str], kept: Any, *given: Any
-    ) -> list[Any]:
-        return moved(stage, client, run_id, chosen, kept, given)
+    inputs = [
+        tab.latest,
+        tab.shared.client,
+        tab.shared.run_id,
+        tab.source.chosen,
+        state,
+        *stage.controls,
+    ]
 
     if stage.controls:
         # A text's `input` still carries what the field held before.
@@ -194,10 +213,32 @@ def _connect_stage(tab: Learn, stage: Stage) -> None:
             shown.change if control.kind == "text" else shown.input
             for control, shown in zip(stage.step.controls, stage.controls, strict=True)
         ]
-        gr.on(events, move, inputs, stage.outputs, **MOVING)
+        gr.on(events, _moving(stage), inputs, stage.outputs, **MOVING)
     if stage.step.act is not None:
         outputs = [state, *stage.controls, *stage.outputs]
         stage.picture.act(_answering(stage), inputs, outputs, **QUIET)
+
+
+def _moving(stage: Stage) -> Callable[..., list[Any]]:
+    """The handler of the step's controls."""
+
+    def move(
+        latest: Latest,
+        client: Client,
+        run_id: str,
+        chosen: Mapping[str, str],
+        kept: Any,
+        *given: Any,
+    ) -> list[Any]:
+        own = latest.begin(stage.name)
+        return unless_late(own, moved(stage, client, run_id, chosen, kept, given))
+
+    return move
+
+
+def unless_late(own: Callable[[], bool], shown: list[Any]) -> list[Any]:
+    """What is shown; nothing of it where another answer for the step has begun meanwhile."""
+    return shown if own() else [gr.skip() for _ in shown]
 
 
 def _answering(stage: Stage) -> Callable[..., list[Any]]:
@@ -208,12 +249,14 @@ def _answering(stage: Stage) -> Callable[..., list[Any]]:
 
     def answer(
         event: gr.EventData,
+        latest: Latest,
         client: Client,
         run_id: str,
         chosen: Mapping[str, str],
         kept: Any,
         *given: Any,
     ) -> list[Any]:
+        own = latest.begin(stage.name)
         # The event comes first, because Gradio puts it where the signature has it.
         try:
             scene = scene_of(client, run_id, chosen, stage.step, kept, given)
@@ -221,11 +264,13 @@ def _answering(stage: Stage) -> Callable[..., list[Any]]:
         except (QuantLabError, ValueError) as error:
             shown = moved(stage, client, run_id, chosen, kept, given)
             shown[1] = error_message(as_message(error), client.language) + shown[1]
-            return [gr.skip(), *(gr.skip() for _ in names), *shown]
+            return [gr.skip(), *(gr.skip() for _ in names), *unless_late(own, shown)]
         values = [changes.get(name, value) for name, value in zip(names, given, strict=True)]
         kept = {**kept, **{key: new for key, new in changes.items() if key not in names}}
         shown = moved(stage, client, run_id, chosen, kept, values)
-        return [kept, *(changes.get(name, gr.skip()) for name in names), *shown]
+        # What was clicked counts in any case; only its picture may be late.
+        changed = (changes.get(name, gr.skip()) for name in names)
+        return [kept, *changed, *unless_late(own, shown)]
 
     return answer
 

@@ -39,6 +39,11 @@ class Stage:
     told (a click on the step itself has moved it already)."""
 
     @property
+    def name(self) -> str:
+        """As elements of the page are called."""
+        return f"{self.lesson.name}-{self.step.name.replace('_', '-')}"
+
+    @property
     def outputs(self) -> list[Any]:
         return [one for one in (self.text, self.picture, self.figure) if one is not None]
 
@@ -46,7 +51,7 @@ class Stage:
 def build_step(lesson: Lesson, step: Step, number: int) -> Stage:
     """Lay one step out: text and controls on the left, the picture on the right."""
     stage = Stage(lesson, step, number)
-    name = f"{lesson.name}-{step.name.replace('_', '-')}"
+    name = stage.name
     with (
         gr.Step(
             i18n(f"learn_{lesson.name}_{step.name}_step"), id=number, elem_id=f"step-{name}"

@@ -17,6 +17,7 @@ from quantlab.ui import (
     options,
     outputs,
     runs,
+    tips,
     variants,
 )
 from quantlab.ui.client import Client
@@ -133,6 +134,7 @@ def build() -> gr.Blocks:
         arrived.then(None, None, None, js="() => window.quantlab.arrived()", **QUIET)
         for event in [told_anew, opened, used, *shared.repaint]:
             event.then(None, None, None, **LOOK)
+        tips.build(demo)
         keep(demo)
     return demo
 

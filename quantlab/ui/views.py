@@ -38,14 +38,17 @@ def header(client: Client, run: Run, machine: dict[str, Any]) -> str:
 
 def environment_chips(machine: dict[str, Any], say: Words) -> list[dict[str, str]]:
     """The few facts of the machine that matter most, the rest on hover."""
-    facts = [
-        str(machine.get("cpu") or machine.get("system") or ""),
-        say("threads_count", count=machine.get("threads", machine.get("cores", "?"))),
-        str(machine.get("gpu") or say("gpu_none")),
-        ", ".join(one.upper() for one in FEATURES if one in machine.get("cpu_features", ())),
-        say("network_online" if machine.get("network") else "network_offline"),
-    ]
-    chips = [{"text": fact, "tip": ""} for fact in facts if fact]
+    threads = machine.get("threads", machine.get("cores", "?"))
+    found = machine.get("cpu_features", ())
+    facts = {
+        "threads": say("threads_count", count=threads),
+        "gpu": str(machine.get("gpu") or say("gpu_none")),
+        "features": ", ".join(one.upper() for one in FEATURES if one in found),
+        "network": say("network_online" if machine.get("network") else "network_offline"),
+    }
+    chips = [{"text": fact, "tip": say(f"tip_chip_{key}")} for key, fact in facts.items() if fact]
+    if cpu := machine.get("cpu") or machine.get("system"):
+        chips.insert(0, {"text": str(cpu), "tip": ""})
     rows = [row for row in report.environment_rows(machine, say) if row[0] != "date"]
     chips[0]["tip"] = "\n".join(f"{name}: {value}" for name, value in rows)
     return chips
@@ -274,8 +277,8 @@ def facts(client: Client, run: Run) -> str:
     return render(
         "facts.html",
         client.language,
-        settings=report.settings(run.spec, client.say),
-        environment=report.environment_rows(run.environment, client.say),
+        settings=report.explained_settings(run.spec, client.say),
+        environment=report.explained_environment(run.environment, client.say),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from quantlab import labs, pipeline
 from quantlab.engine import encode_prompt
 from quantlab.models.loading import load_tokenizer_of
 from quantlab.plots import numbers
-from quantlab.runs import Run
+from quantlab.runs import ACTIVE, Run
 from quantlab.store import Store
 from quantlab.types import Generation
 from quantlab.variants import open_runner, read_about
@@ -168,6 +169,80 @@ def test_what_a_model_wrote_cannot_run_at_a_fork(tab: Tab, app: App, finished: s
     assert tab.find("#forks img").count() == 0
 
 
+def lab_form(tab: Tab, model: Path, **numbers: int) -> None:
+    """Show the calibration lab with this model and sizes."""
+    tab.show("Inspect")
+    tab.show("Calibration lab")
+    field = tab.find("#lab-model input")
+    field.fill(str(model))
+    field.press("Enter")
+    field.blur()
+    tab.section("lab-sizes")
+    sizes = {"calibration_length": 32, "window": 64, "group_size": 32, **numbers}
+    for name, value in sizes.items():
+        tab.number(f"lab-{name.replace('_', '-')}", value)
+
+
+def test_cancelled_forks_and_labs_end_and_leave_the_rest(
+    app: App, finished: str, model: Path, tab: Tab
+) -> None:
+    """A lab that would take minutes, and behind it in the queue a fork of a finished comparison:
+    both are cancelled by their own buttons, and then the fork is forced after all."""
+    store = Store(app.home)
+    run_id = again(app, finished)
+    records = store.run(run_id).records
+    tab.open(f"?run={run_id}")
+    lab_form(tab, model, calibration_tokens=8192, eval_tokens=8192)
+    # Before anything starts the page says what it will take.
+    expect(tab.find("#lab-estimate strong").first).to_have_text(re.compile(r"^\d+:\d\d$"))
+    tab.find("#lab-start").click()
+    expect(tab.find("#lab-message")).to_contain_text("4 cells in 2 comparisons")
+    expect(tab.find("#lab-progress .ql-bar")).to_be_visible()
+    known = labs.latest(store)
+    assert known is not None
+
+    tab.show("Outputs")
+    tab.section("forks-section")
+    chain = tab.find('.ql-fork-chain[data-chain="rtn:4"]')
+    expect(chain.locator(".ql-fork[data-at]")).to_have_count(1)
+    chain.locator(".ql-fork-force").click()
+    expect(chain.locator(".ql-fork-pending")).to_contain_text("Waiting in line")
+    expect(chain.locator(".ql-fork-force")).to_have_count(0)
+    chain.locator(".ql-fork-stop").click()
+    expect(chain.locator(".ql-fork-stop")).to_have_count(0)
+    expect(chain.locator(".ql-fork-pending")).to_contain_text("Cancelled")
+    expect(chain.locator(".ql-fork[data-at]")).to_have_count(1)
+    (step,) = [one for one in store.runs() if one.spec.forced and one.parent == run_id]
+    assert step.status == "cancelled"
+    assert any(store.run(one).status in ACTIVE for one in known.runs), "the lab goes on"
+
+    tab.show("Inspect")
+    tab.find("#lab-cancel").click()
+    expect(tab.find("#lab-cancel")).to_be_hidden()
+    expect(tab.find("#lab-progress")).to_contain_text("2 of 2")
+    assert [store.run(one).status for one in known.runs] == ["cancelled"] * 2
+    marks = tab.page.evaluate(
+        "() => document.querySelector('#lab-figure .js-plotly-plot').layout.annotations"
+        ".map(one => one.text)"
+    )
+    cells = sum(len(store.run(one).records) < 2 for one in known.runs)
+    assert len([text for text in marks if "cancelled" in text]) >= cells
+    expect(tab.find("#lab-start")).to_be_enabled()
+
+    # Nothing finished is lost, and what was cancelled can be had after all.
+    assert store.run(run_id).records == records
+    tab.show("Compare")
+    expect(tab.find("#results-table tbody[data-state=finished]")).to_have_count(3)
+    tab.show("Outputs")
+    chain.locator(".ql-fork-force").click()
+    ended = chain.locator(".ql-fork-end").or_(chain.locator(".ql-fork[data-at]").nth(1))
+    expect(ended.first).to_be_visible()
+    assert {one.status for one in store.runs() if one.spec.forced and one.parent == run_id} == {
+        "cancelled",
+        "finished",
+    }
+
+
 def test_the_lab_fills_its_matrix(
     chromium: Browser,
     app: App,
@@ -177,21 +252,7 @@ def test_the_lab_fills_its_matrix(
     native_off: None,
 ) -> None:
     tab.open()
-    tab.show("Inspect")
-    tab.show("Calibration lab")
-    field = tab.find("#lab-model input")
-    field.fill(str(model))
-    field.press("Enter")
-    field.blur()
-    tab.section("lab-sizes")
-    for name, value in (
-        ("calibration-tokens", 256),
-        ("calibration-length", 32),
-        ("eval-tokens", 192),
-        ("window", 64),
-        ("group-size", 32),
-    ):
-        tab.number(f"lab-{name}", value)
+    lab_form(tab, model, calibration_tokens=256, eval_tokens=192)
     # Only GPTQ, calibrated on the project's text and on a pasted one.
     for chosen in ("#lab-methods", "#lab-calibration"):
         tab.find(f"{chosen} .token-remove").nth(1).click()
@@ -214,9 +275,9 @@ def test_the_lab_fills_its_matrix(
     shown = tab.page.evaluate(f"(({heat})().z).map(row => Array.from(row))")
     texts = tab.page.evaluate(f"({heat})().text")
     store = Store(app.home)
-    runs = [run for run in store.runs() if run.kind == "lab"]
     known = labs.latest(store)
     assert known is not None
+    runs = [store.run(one) for one in known.runs]
     assert len(runs) == 4
     for run in runs:
         down = known.plan.calibrations.index(run.spec.calibration)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from quantlab.plots import palette
 from quantlab.plots.drawing import canvas
@@ -32,13 +31,13 @@ def sheet(
     places are filled."""
     title, how = f"learn_figure_{key}", f"learn_figure_{key}_how"
     figure = canvas(say, dark, say(title), say(how, **places), split)
-    figure.update_layout(height=height, modebar={"remove": ["zoom", "pan", "select", "lasso"]})
-    figure.update_layout(transition={"duration": 0}, dragmode=False)
+    figure.update_layout(
+        height=height,
+        modebar={"remove": ["zoom", "pan", "select", "lasso"]},
+        transition={"duration": 0},
+        dragmode=False,
+    )
     return figure
-
-
-def halves(rows: int = 1, columns: int = 2, **options: Any) -> Any:
-    return make_subplots(rows=rows, cols=columns, **options)
 
 
 def legend(figure: go.Figure, dark: bool) -> None:
@@ -78,7 +77,7 @@ def upright(
 ) -> None:
     """Vertical lines over the whole height of the panels (numbered as Plotly numbers its axes).
 
-    All shapes at once: `add_vline` takes some ten milliseconds for each.
+    All shapes at once, and set, not updated: `add_vline` takes some ten milliseconds for each.
     """
     shapes = [
         {
@@ -94,4 +93,22 @@ def upright(
         for x in places
         for panel in panels
     ]
-    figure.update_layout(shapes=[*figure.layout.shapes, *shapes])
+    figure.layout.shapes = [*figure.layout.shapes, *shapes]
+
+
+def level(
+    figure: go.Figure, y: float, colour: str, width: float, dash: str, panel: int = 1
+) -> None:
+    """A horizontal line over the whole width of a panel, without what `add_hline` takes."""
+    number = panel if panel > 1 else ""
+    line = {
+        "type": "line",
+        "x0": 0,
+        "x1": 1,
+        "y0": y,
+        "y1": y,
+        "xref": f"x{number} domain",
+        "yref": f"y{number}",
+        "line": {"color": colour, "width": width, "dash": dash},
+    }
+    figure.layout.shapes = [*figure.layout.shapes, line]

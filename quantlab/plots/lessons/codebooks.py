@@ -6,7 +6,8 @@ import plotly.graph_objects as go
 
 from quantlab.learn.codebooks import Coded, Doubled
 from quantlab.plots import palette
-from quantlab.plots.lessons.base import halves, sheet, upright, warm
+from quantlab.plots.drawing import panels
+from quantlab.plots.lessons.base import level, sheet, upright, warm
 from quantlab.plots.words import Words
 
 BINS = 100
@@ -15,7 +16,7 @@ BINS = 100
 def codebook(found: Coded, say: Words, dark: bool) -> go.Figure:
     """Above: the weights over their block's largest, with the codebook's values. Below: how many
     weights each value gets."""
-    split = halves(2, 1, shared_xaxes=True, vertical_spacing=0.1, row_heights=[0.6, 0.4])
+    split = panels(2, 1, shared_xaxes=True, vertical_spacing=0.1, row_heights=(0.6, 0.4))
     figure = sheet(say, dark, "codebook", 470, split)
     counts = found.normalized.histc(BINS, -1, 1)
     width = 2 / BINS
@@ -41,9 +42,7 @@ def codebook(found: Coded, say: Words, dark: bool) -> go.Figure:
         col=1,
     )
     even = 1 / len(found.values)
-    figure.add_hline(
-        y=even, line={"color": palette.INK[dark], "width": 1, "dash": "dot"}, row=2, col=1
-    )
+    level(figure, even, palette.INK[dark], 1, "dot", 2)
     figure.update_layout(bargap=0)
     figure.update_xaxes(range=[-1.04, 1.04])
     figure.update_xaxes(title_text=say("learn_axis_normalized"), row=2, col=1)
@@ -72,9 +71,7 @@ def doubled(found: Doubled, say: Words, dark: bool) -> go.Figure:
         name=say("learn_legend_restored"),
         hovertemplate="%{x}: %{y:.5f}<extra></extra>",
     )
-    figure.add_hline(
-        y=found.mean, line={"color": palette.MUTED[dark], "width": 1.2, "dash": "dash"}
-    )
+    level(figure, found.mean, palette.MUTED[dark], 1.2, "dash")
     figure.update_layout(
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": -0.18, "yanchor": "top"},

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from quantlab.learn.columns import Against, Pull, Walk
 from quantlab.plots import palette
-from quantlab.plots.lessons.base import cool, diverging, halves, marker_line, sheet, upright, warm
+from quantlab.plots.drawing import panels
+from quantlab.plots.lessons.base import cool, diverging, marker_line, sheet, upright, warm
 from quantlab.plots.words import Words
 
 
 def pull(found: Pull, first: int, say: Words, dark: bool) -> go.Figure:
     """Above: how a channel goes with the others; below: what each later one takes of its error."""
-    split = halves(2, 1, shared_xaxes=True, vertical_spacing=0.12)
+    split = panels(2, 1, shared_xaxes=True, vertical_spacing=0.12)
     figure = sheet(say, dark, "pull", 440, split)
     numbers = [first + one for one in range(len(found.correlation))]
     for row, values, name, colour in (
@@ -44,7 +45,7 @@ def pull(found: Pull, first: int, say: Words, dark: bool) -> go.Figure:
 def walk(found: Walk, done: int, say: Words, dark: bool) -> go.Figure:
     """Left: the error of the rounded columns and what was pushed into the others. Right: the output
     error so far, beside plain rounding."""
-    split = halves(1, 2, column_widths=[0.6, 0.4], horizontal_spacing=0.11)
+    split = panels(1, 2, column_widths=(0.6, 0.4), horizontal_spacing=0.11)
     step, last = found.steps[done], found.steps[-1]
     columns = step.values.shape[1]
     limit = float(last.rounding.abs().max()) * 0.7

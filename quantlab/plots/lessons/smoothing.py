@@ -9,14 +9,15 @@ from torch import Tensor
 
 from quantlab.learn.smoothing import Curve, Smoothed
 from quantlab.plots import palette
-from quantlab.plots.lessons.base import cool, halves, marker_line, sheet
+from quantlab.plots.drawing import panels
+from quantlab.plots.lessons.base import cool, marker_line, sheet
 from quantlab.plots.words import Words
 
 
 def distributions(found: Smoothed, first: int, say: Words, dark: bool) -> go.Figure:
     """Largest magnitude of every channel, of activations above and of weights below, before (thin)
     and after smoothing; the axes stay where they are while alpha moves."""
-    split = halves(2, 1, shared_xaxes=True, vertical_spacing=0.1)
+    split = panels(2, 1, shared_xaxes=True, vertical_spacing=0.1)
     figure = sheet(say, dark, "smoothed", 480, split)
     pairs = (
         (1, found.inputs_before, found.inputs_after, "learn_legend_activations", cool(dark)),

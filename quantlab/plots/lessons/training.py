@@ -6,13 +6,14 @@ import plotly.graph_objects as go
 
 from quantlab.learn.training import Losses, smooth
 from quantlab.plots import palette
-from quantlab.plots.lessons.base import cool, halves, sheet
+from quantlab.plots.drawing import panels
+from quantlab.plots.lessons.base import cool, sheet
 from quantlab.plots.words import Words
 
 
 def blocks(found: Losses, block: int, width: int, say: Words, dark: bool) -> go.Figure:
     """Left: the loss of every step of one block. Right: every block's first and last losses."""
-    split = halves(1, 2, horizontal_spacing=0.13)
+    split = panels(1, 2, horizontal_spacing=0.13)
     figure = sheet(say, dark, "block_ap", 400, split)
     shade = palette.colour("efficientqat", dark)
     one = found.blocks[block]

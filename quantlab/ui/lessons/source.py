@@ -19,7 +19,7 @@ from quantlab.plots.templates import render
 from quantlab.ui.captures import POLL, captures, progress_html
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
-from quantlab.ui.shared import QUIET, Shared, html, i18n
+from quantlab.ui.shared import BUSY, QUIET, Shared, html, i18n
 from quantlab.ui.views import model_name
 
 MODULE = "quantlab.learn.capture"
@@ -28,7 +28,7 @@ MODULE = "quantlab.learn.capture"
 @dataclass
 class Source:
     """`chosen` is {"file": path or '' for what ships, "layer": name or ''}; `changed` are events
-    after which it is another one."""
+    after which it is another one, beside its own change when a model was read."""
 
     chosen: Any
     origin: Any
@@ -81,8 +81,9 @@ def build_source(shared: Shared) -> Source:
 
     source.changed.append(layer.input(use, [chosen, layer], chosen, **QUIET))
     start.click(_start, [shared.client, model], watched, **QUIET)
-    source.changed.append(timer.tick(_look, shared.client, watched, **QUIET))
-    cancel.click(_cancel, shared.client, watched, **QUIET)
+    # Only a tick that brings another model paints anew: of many answers a late one could be old.
+    timer.tick(_look, shared.client, watched, **BUSY)
+    cancel.click(_cancel, shared.client, watched, **BUSY)
     source.changed.append(back.click(_shipped, None, watched, **QUIET))
     return source
 
