@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from kernels import build, dispatch
+
+settings.register_profile("quantlab", deadline=None)  # A deadline tests the machine, not the code.
+settings.load_profile("quantlab")
 
 KERNELS = Path(__file__).resolve().parents[1] / "build" / "kernels"
 os.environ.setdefault("QUANTLAB_KERNEL_CACHE", str(KERNELS))

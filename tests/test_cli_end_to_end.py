@@ -140,7 +140,7 @@ def test_quantize_to_gguf_and_evaluate_the_file(terminal: Terminal) -> None:
 
 def test_ctrl_c_keeps_what_finished(terminal: Terminal) -> None:
     labels = ["rtn:8", "rtn:4", "efficientqat:2"]  # The last takes long enough to be interrupted.
-    command = ["compare", "--model", "model", "--methods", ",".join(labels), *SMALL]
+    command = ["compare", "--model", "model", "--methods", ",".join(labels), *SMALL, *CALIBRATED]
     with terminal.start([*command, "--json", "out.json"]) as process:
         assert process.stderr is not None
         for line in process.stderr:
