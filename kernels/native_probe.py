@@ -6,6 +6,7 @@ Everything runs on as many threads as torch uses (`native.native`). Raises: Buil
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 
@@ -56,7 +57,7 @@ def multiply_each(
     flags = bytes(joined or len(matrices))
     if flags[0] or len(flags) != len(matrices):
         raise ValueError(f"joined: {len(matrices)} flags, the first one False")
-    for i, (before, matrix) in enumerate(zip(matrices, matrices[1:], strict=False), 1):
+    for i, (before, matrix) in enumerate(itertools.pairwise(matrices), 1):
         if flags[i] and _form(before) != _form(matrix):
             raise ValueError(f"matrix {i} cannot share the input of the one before it")
     threads = native.native()

@@ -1,7 +1,7 @@
 """Many rows at once: more rows, columns and outputs than the caches take whole, down to the bit.
 
-Where steps are powers of two and sums stay below 2^24, float32 holds every product exactly: then the
-kernels have to give it, in whatever parts they take it.
+Where steps are 1 and sums stay below 2^24, float32 holds every product exactly: then the kernels
+have to give it, in whatever parts they take it.
 """
 
 from __future__ import annotations
