@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import build, native, native_probe
+from kernels import build, native, native_probe, reference
 from tests.kernels import native_bounds as bounds
 
 pytestmark = pytest.mark.xdist_group("native")
@@ -115,6 +115,20 @@ def test_parts_of_columns(
     want, bound = bounds.expected(case, x, None, native.How(mode), level)
     y = case.matrix.linear(x, native.How(mode))
     assert bool(((y.double() - want).abs() <= bound).all())
+
+
+def test_near_ties_round_as_division_does() -> None:
+    """A product with 1 / step falls on the other side of some ties; an identity as weight shows
+    the codes."""
+    identity = 128 + torch.eye(64, dtype=torch.uint8)
+    ones = torch.ones(64, 1)
+    packed = native.Matrix.affine(identity, ones, ones * 128, 8, 64)
+    steps = torch.rand(200, generator=torch.Generator().manual_seed(1)) + 0.01
+    for step in steps.tolist():
+        x = ((torch.arange(64 * 8) % 250 - 124.5) * torch.tensor(step)).view(8, 64)
+        codes = reference.quantize_tensor(x, step, 128) - 128
+        y = packed.linear(x, native.How(native.INT8_GIVEN, step, 128))
+        assert torch.equal(torch.round(y / step), codes)
 
 
 @pytest.mark.parametrize("mode", [native.INT8_ROW, native.BF16])
