@@ -6,8 +6,9 @@ Everything runs on as many threads as torch uses (`native.native`). Raises: Buil
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
-from ctypes import c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -37,23 +38,50 @@ def peak(kind: int) -> float:
     return float(probe(kind, ROUNDS, threads.pool))
 
 
-def multiply_each(matrices: Sequence[native.Matrix], x: Tensor, y: Tensor, how: native.How) -> None:
+def multiply_each(
+    matrices: Sequence[native.Matrix],
+    x: Tensor,
+    y: Tensor,
+    how: native.How,
+    joined: Sequence[bool] | None = None,
+) -> None:
     """Multiply x by every matrix in turn, in one native call.
 
     x, y: float32 [m, columns or rows of the widest matrix], contiguous; a narrower matrix reads
-    [m, columns] from the start of the same memory, and its product overwrites the one before."""
+    [m, columns] from the start of the same memory, and its product overwrites the one before.
+    joined: which matrices read the input of the one before, which is then prepared once; they have
+    equal columns, bits and groups. None: each prepares its own."""
     widest = max(matrix.columns for matrix in matrices), max(matrix.rows for matrix in matrices)
     if x.shape[1] < widest[0] or y.shape != (x.shape[0], widest[1]):
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} are too narrow for {widest}")
+    flags = bytes(joined or len(matrices))
+    if flags[0] or len(flags) != len(matrices):
+        raise ValueError(f"joined: {len(matrices)} flags, the first one False")
+    for i, (before, matrix) in enumerate(itertools.pairwise(matrices), 1):
+        if flags[i] and _form(before) != _form(matrix):
+            raise ValueError(f"matrix {i} cannot share the input of the one before it")
     threads = native.native()
     run = threads.library.ql_pass
     run.restype = None
-    run.argtypes = [*(c_void_p, c_int64) * 2, *(c_void_p,) * 3]
+    run.argtypes = [c_void_p, c_char_p, c_int64, c_void_p, c_int64, *(c_void_p,) * 3]
     records = (c_void_p * len(matrices))(*(ctypes.addressof(m.record) for m in matrices))
     run(
-        *(records, len(matrices), x.data_ptr(), x.shape[0], y.data_ptr()),
+        *(records, flags, len(matrices), x.data_ptr(), x.shape[0], y.data_ptr()),
         *(ctypes.byref(how), threads.pool),
     )
+
+
+def _form(matrix: native.Matrix) -> tuple[int, ...]:
+    """What decides how an input is prepared for a matrix."""
+    record = matrix.record
+    return (matrix.columns, matrix.bits, record.group, record.zero, bool(record.table))
+
+
+def room(rows: int, columns: int) -> Tensor:
+    """float32 [rows, columns] on such pages as the engine has its own buffers on, nothing in it."""
+    made = torch.empty(rows, columns)
+    native.native().library.ql_prefer_huge_pages(c_void_p(made.data_ptr()), c_int64(made.nbytes))
+    return made
 
 
 def mode_for(how: native.How, rows: int, bits: int) -> int:

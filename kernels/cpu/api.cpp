@@ -10,6 +10,18 @@
 
 using namespace ql;
 
+namespace {
+
+int64_t packed_bytes(int rows, int columns, int bits) {
+    Matrix shape{};
+    shape.rows = rows;
+    shape.columns = columns;
+    shape.bits = bits;
+    return shape.block_bytes() * shape.row_blocks();
+}
+
+}  // namespace
+
 extern "C" {
 
 // Called once. 0 when the machine lets this process use what it was compiled for.
@@ -27,7 +39,11 @@ int ql_level() { return QL_LEVEL; }
 void* ql_pool_new(int threads) { return new Pool(threads); }
 void ql_pool_free(void* pool) { delete (Pool*)pool; }
 
+// See memory.h.
+void ql_prefer_huge_pages(void* data, int64_t bytes) { prefer_huge_pages(data, bytes); }
+
 void ql_pack(const uint8_t* codes, int rows, int columns, int bits, uint8_t* out, void* pool) {
+    ql_prefer_huge_pages(out, packed_bytes(rows, columns, bits));
     ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t first, int64_t last, int) {
         for (int64_t b = first; b < last; b++) pack(codes, rows, columns, bits, (int)b, out);
     });
@@ -40,6 +56,7 @@ void ql_unpack(const uint8_t* planes, int rows, int columns, int bits, uint8_t* 
 }
 
 void ql_pack_bf16(const uint16_t* w, int rows, int columns, uint16_t* out, void* pool) {
+    ql_prefer_huge_pages(out, packed_bytes(rows, columns, 16));
     ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t first, int64_t last, int) {
         for (int64_t b = first; b < last; b++) pack_bf16(w, rows, columns, (int)b, out);
     });
@@ -56,7 +73,7 @@ void ql_linear(const Matrix* w, const float* x, int64_t rows, float* y, const Ho
     Pool& threads = *(Pool*)pool;
     How real = *how;
     real.mode = mode_for(how->mode, (int)rows, w->table != nullptr, w->bits);
-    prepare(in, x, (int)rows, w->columns, w->columns, real, threads);
+    prepare(in, x, (int)rows, w->columns, w->columns, real, on_tiles(*w, real, (int)rows), threads);
     multiply(*w, in, y, w->rows, bias, threads);
 }
 

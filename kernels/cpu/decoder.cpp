@@ -153,13 +153,16 @@ class Reader {
     // Layers that read one input share its preparation.
     void products(const float* x, int columns, int rows, std::initializer_list<Job> jobs) {
         How prepared{-1, 0, 0, 0};
+        bool tiled = false;
         for (const Job& job : jobs) {
             const Matrix& w = *job.linear.w;
             How how = job.linear.how;
             how.mode = mode_for(how.mode, rows, w.table != nullptr, w.bits);
-            if (!(how == prepared)) {
-                prepare(memory_.input, x, rows, columns, columns, how, pool_);
+            const bool tiles = on_tiles(w, how, rows);
+            if (!(how == prepared) || tiles != tiled) {
+                prepare(memory_.input, x, rows, columns, columns, how, tiles, pool_);
                 prepared = how;
+                tiled = tiles;
             }
             multiply(w, memory_.input, job.y, w.rows, job.linear.bias, pool_);
         }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "matrix.h"
+#include "memory.h"
 
 namespace ql {
 
@@ -41,20 +42,6 @@ struct How {
     }
 };
 
-struct Buffer {
-    // Memory that grows and is kept; 64-byte aligned.
-    template <class T>
-    T* get(int64_t count) {
-        int64_t bytes = count * (int64_t)sizeof(T) + 64;
-        if ((int64_t)data_.size() < bytes) data_.resize(bytes);
-        auto address = (uintptr_t)data_.data();
-        return (T*)((address + 63) & ~(uintptr_t)63);
-    }
-
-  private:
-    std::vector<char> data_;
-};
-
 struct Input {
     int rows = 0, columns = 0, padded = 0;
     const float* x = nullptr;  // [rows][stride], always there
@@ -65,13 +52,14 @@ struct Input {
     const float* step = nullptr;   // [rows][padded / 32]
     const float* total = nullptr;  // [rows][padded / 32]: the sum of x, as rounded, in the block
     const float* shift = nullptr;  // [rows] or null
-    // In the order of AMX tiles, [rows / 16][padded / columns a tile][16 rows][64 bytes], where tiles
-    // will be multiplied: x ~ high + low in bfloat16 (32 columns a tile), or q (64 columns).
+    // Instead of all that, where AMX tiles will be multiplied, in their order [rows / 16][padded /
+    // columns a tile][16 rows][64 bytes]: x ~ high + low in bfloat16 (32 columns a tile), or q (64
+    // columns) with the step and the sum of x, as rounded, of each row.
     const uint16_t *high = nullptr, *low = nullptr;
     const int8_t* q_tiles = nullptr;
+    const float *row_step = nullptr, *row_total = nullptr;  // [rows]
     std::vector<int> outliers;  // columns that are left out of q, for INT8_OUTLIERS
-    const float* row_total = nullptr;  // [rows]: the sum of `total`, beside q_tiles
-    Buffer q_, q_low_, step_, total_, shift_, padded_, high_, low_, tiles_, row_total_;
+    Buffer q_, q_low_, step_, total_, shift_, padded_, high_, low_, tiles_, row_step_, row_total_;
 
     int blocks() const { return padded / CHUNK; }
 };

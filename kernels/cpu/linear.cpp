@@ -205,89 +205,11 @@ void some_rows(const Matrix& w, const Input& in, int block, int m0, const Target
     for (int m = 0; m < M; m++) out.put(m0 + m, block, y[m]);
 }
 
-// The sum of every block of 32 columns.
-void add_up(const float* x, int columns, float* totals, int64_t blocks) {
-    for (int64_t b = 0; b < blocks; b++) {
-        const int first = (int)b * CHUNK, count = std::min(CHUNK, columns - first);
-        if (count == CHUNK) {
-            totals[b] = sum(load<F>(x + first) + load<F>(x + first + LANES));
-            continue;
-        }
-        totals[b] = 0;
-        for (int k = 0; k < count; k++) totals[b] += x[first + k];
-    }
-}
-
-}  // namespace
-
-int mode_for(int mode, int rows, bool table, int bits) {
-    const bool tiles = QL_LEVEL >= 4 && rows >= TILE_FROM;
-    if (mode == INT8_ROW || mode == INT8_GIVEN || mode > BF16) return mode;
-    if (bits == 16 || table) return tiles && mode != EXACT ? BF16 : EXACT;
-    if (mode == INT8_BLOCK) return tiles ? BF16 : INT8_BLOCK;
-    return mode == BF16 && !tiles ? EXACT : mode;
-}
-
-void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, How how, Pool& pool) {
-    in.rows = rows;
-    in.columns = columns;
-    in.padded = (columns + COLUMN_PAD - 1) / COLUMN_PAD * COLUMN_PAD;
-    in.x = x;
-    in.stride = stride;
-    in.int8 = how.int8();
-    in.outliers.clear();
-    in.shift = nullptr;
-    in.high = in.low = nullptr;
-    in.q = in.q_low = in.q_tiles = nullptr;
-    const int64_t blocks = in.blocks();
-    in.total = in.total_.get<float>(rows * blocks);
-    if (in.int8) {
-        in.q = in.q_.get<int8_t>((int64_t)rows * in.padded);
-        in.step = in.step_.get<float>(rows * blocks);
-        if (how.has_zero()) in.shift = in.shift_.get<float>(rows);
-        if (how.mode == INT8_RANGE) how = range_of_all(in);
-        if (how.mode == INT8_OUTLIERS) find_outliers(in, how.threshold);
-        pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
-            quantize(in, how, (int)first, (int)last);
-        });
-    } else {
-        // The vector path reads whole blocks of 32 columns.
-        const bool pad = columns < in.padded;
-        float* copy = pad ? in.padded_.get<float>((int64_t)rows * in.padded) : nullptr;
-        pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
-            for (int64_t m = first; m < last; m++) {
-                add_up(x + m * stride, columns, const_cast<float*>(in.total) + m * blocks, blocks);
-                if (!pad) continue;
-                std::memcpy(copy + m * in.padded, x + m * stride, sizeof(float) * columns);
-                std::memset(copy + m * in.padded + columns, 0, sizeof(float) * (in.padded - columns));
-            }
-        });
-        if (how.mode == EXACT && !(QL_LEVEL >= 4 && rows >= TILE_FROM)) {
-            in.q = in.q_.get<int8_t>((int64_t)rows * in.padded);
-            in.q_low = in.q_low_.get<int8_t>((int64_t)rows * in.padded);
-            in.step = in.step_.get<float>(rows * blocks);
-            pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
-                quantize_exact(in, (int)first, (int)last);
-            });
-        }
-        if (pad) {
-            in.x = copy;
-            in.stride = in.padded;
-        }
-    }
-#if QL_LEVEL >= 4
-    if (rows >= TILE_FROM) arrange_tiles(in, how.mode, pool);
-#endif
-}
-
-namespace {
-
 void multiply_most(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
                    Pool& pool) {
     const Target out{y, y_stride, bias, w.rows};
 #if QL_LEVEL >= 4
-    const bool row_wise = w.bits == 8 && w.groups() == 1 && w.zero != ZERO_OFFSET;
-    if (in.q_tiles && row_wise) {
+    if (in.q_tiles) {
         pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
             tiles_int8(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
         });

@@ -7,8 +7,9 @@
 namespace ql {
 
 // Make `in` ready for products with matrices of `columns` columns in `mode`: int8 codes or bfloat16
-// parts. x: [rows][stride] float32; pointers into it are kept.
-void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, How how, Pool& pool);
+// parts, for AMX tiles or for vectors. x: [rows][stride] float32; pointers into it are kept.
+void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, How how, bool tiles,
+             Pool& pool);
 
 // The product; `in` was prepared in a mode that suits w (see `mode_for`). y: [rows][y_stride].
 void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
@@ -18,14 +19,20 @@ void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, cons
 // bfloat16 many rows are faster, and more exact, in it than in int8 a block.
 int mode_for(int mode, int rows, bool table, int bits);
 
+// Whether the product of so many rows runs on AMX tiles; `how` has the mode that really runs. int8 inputs
+// do where the sums run through all columns: with codes of 8 bits and one grid a row.
+bool on_tiles(const Matrix& w, const How& how, int rows);
+
 // Rows that are multiplied together on AMX tiles: fewer take the vector path.
 constexpr int TILE_FROM = 6;
 
 #if QL_LEVEL >= 4
 // As `prepare` in mode BF16, of x [rows][columns] that is bfloat16 already; for many rows only.
 void take_bf16(Input& in, const uint16_t* x, int rows, int columns, Pool& pool);
-// tiles.cpp: the product on AMX tiles, for row blocks first to last - 1.
-void arrange_tiles(Input& in, int mode, Pool& pool);
+// The input in the order of tiles: int8 (`how` has no INT8_RANGE), or one or two bfloat16 parts.
+void quantize_tiles(Input& in, const How& how, Pool& pool);
+void arrange_tiles(Input& in, bool two, Pool& pool);
+// The product on AMX tiles, for row blocks first to last - 1.
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias);
 void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,

@@ -8,6 +8,7 @@ namespace ql {
 
 constexpr int TILE = 16;        // rows of a tile, 64 bytes each
 constexpr int TILE_BYTES = 1024;
+constexpr int64_t KEPT_BYTES = 15 << 10;  // of each of two blocks of weight: what L1 keeps of them
 constexpr int TILE_PAIRS = 512;  // bfloat16 numbers in one: [16][32], or [16 pairs][16][2]
 
 struct alignas(64) TileConfig {

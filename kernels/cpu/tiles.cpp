@@ -1,26 +1,22 @@
-// The product of many rows on AMX tiles: sums of 16 x 16 outputs, fed by 16 rows of the input and 16 of
-// the weight. Four sums are kept at once (32 x 32 outputs), so that every tile loaded is used twice.
+// bfloat16 on AMX tiles: the weight as it is, or made into tiles from codes of any width, times inputs in one
+// part or ("exact") two.
 #include "linear.h"
-#include "tile.h"
+#include "tile_loop.h"
 
 #if QL_LEVEL >= 4
-#include <algorithm>
-
 namespace ql {
 
 namespace {
 
-constexpr int64_t INPUT_BYTES = 1 << 20;  // of the input that pass by a piece of weight: stays in L2
-
-// Sixteen rows as bfloat16 tiles [padded / 32][16 pairs of columns][16 rows][2]: the weight itself, and
+// Chunks `from` to `to` - 1 of sixteen rows as bfloat16 tiles [chunks][16 pairs of columns][16 rows][2]: the weight itself, and
 // with `low` what its rounding left over.
 template <int BITS>
-void unpack_block(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
-    const uint8_t* p = w.block(block);
+void unpack_block(const Matrix& w, int block, int from, int to, uint16_t* high, uint16_t* low) {
+    const uint8_t* p = w.block(block) + (int64_t)from * CHUNK * BITS * 2;
     const bool offset = w.zero == ZERO_OFFSET;
     F s{}, z{};
     int grid = -1;
-    for (int t = 0; t < w.padded() / CHUNK; t++, p += CHUNK * BITS * 2) {
+    for (int t = from; t < to; t++, p += CHUNK * BITS * 2) {
         U8 steps[8];
         unpack_chunk<BITS>(p, steps);
         for (int i = 0; i < 8; i++) {
@@ -37,15 +33,15 @@ void unpack_block(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
                     v[e] = w.table ? look_up(w.table, index) : to_float(index);
                     v[e] = offset ? s * v[e] + z : s * (v[e] - z);
                 }
-                const int at = t * TILE_PAIRS + (2 * i + j / 2) * 32;
+                const int at = (t - from) * TILE_PAIRS + (2 * i + j / 2) * 32;
                 put_pairs(v, high + at, low ? low + at : nullptr);
             }
         }
     }
 }
 
-void unpack(const Matrix& w, int block, uint16_t* high, uint16_t* low) {
-    with_bits(w.bits, [&](auto bits) { unpack_block<decltype(bits)::value>(w, block, high, low); });
+void unpack(const Matrix& w, int block, int from, int to, uint16_t* high, uint16_t* low) {
+    with_bits(w.bits, [&](auto bits) { unpack_block<decltype(bits)::value>(w, block, from, to, high, low); });
 }
 
 // Where the outputs of one or two blocks go. Large outputs pass the caches by: they would push the
@@ -95,7 +91,7 @@ uint16_t* panel(int64_t count) {
 using Sums = float[2][2][TILE * TILE];
 
 // Products of both parts of the input and of the weight but that of both second parts.
-struct Piece {
+struct Parts {
     const uint16_t *w_high[2], *w_low[2], *x_high[2], *x_low[2];
 
     void run(int tiles, Sums& sums) const {
@@ -103,17 +99,11 @@ struct Piece {
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t at = 0; at < (int64_t)tiles * TILE_PAIRS; at += TILE_PAIRS) {
-            _tile_loadd(6, w_high[0] + at, 64);
-            _tile_loadd(7, w_high[1] + at, 64);
-            meet(x_high, at);
-            if (!x_low[0]) continue;
-            meet(x_low, at);
-            if (!w_low[0]) continue;
-            _tile_loadd(6, w_low[0] + at, 64);
-            _tile_loadd(7, w_low[1] + at, 64);
-            meet(x_high, at);
-        }
+        // What the first cache keeps of the weight's parts; see tile_loop.h.
+        const int64_t end = (int64_t)tiles * TILE_PAIRS, part = KEPT_BYTES / 2 / (w_low[0] ? 2 : 1);
+        const int64_t kept = std::min(end, part / TILE_PAIRS * TILE_PAIRS);
+        steps<true>(0, kept);
+        steps<false>(kept, end);
         _tile_stored(0, sums[0][0], 64);
         _tile_stored(1, sums[0][1], 64);
         _tile_stored(2, sums[1][0], 64);
@@ -121,48 +111,41 @@ struct Piece {
     }
 
   private:
-    static void meet(const uint16_t* const (&x)[2], int64_t at) {
-        _tile_loadd(4, x[0] + at, 64);
+    template <bool KEPT>
+    void steps(int64_t first, int64_t last) const {
+        for (int64_t at = first; at < last; at += TILE_PAIRS) {
+            meet<KEPT>(x_high, w_high, at);
+            meet<KEPT>(x_low, w_high, at);
+            if (w_low[0]) meet<KEPT>(x_high, w_low, at);
+        }
+    }
+
+    template <bool KEPT>
+    static void meet(const uint16_t* const (&x)[2], const uint16_t* const (&w)[2], int64_t at) {
+        _tile_stream_loadd(4, x[0] + at, 64);
+        _tile_stream_loadd(5, x[1] + at, 64);
+        if constexpr (KEPT) _tile_loadd(6, w[0] + at, 64);
+        else _tile_stream_loadd(6, w[0] + at, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x[1] + at, 64);
         _tile_dpbf16ps(2, 5, 6);
+        if constexpr (KEPT) _tile_loadd(7, w[1] + at, 64);
+        else _tile_stream_loadd(7, w[1] + at, 64);
+        _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
     }
 };
 
 }  // namespace
 
-// Copy the input into the order of tiles; rows behind the last are zero.
-void arrange_tiles(Input& in, int mode, Pool& pool) {
-    const int64_t tile_rows = (in.rows + TILE - 1) / TILE, whole = tile_rows * TILE;
-    const int64_t columns = in.int8 ? 64 : 32, tiles = in.padded / columns;
-    if (mode == INT8_BLOCK) return;
-    if (in.int8) {
-        auto* to = in.tiles_.get<int8_t>(whole * in.padded);
-        auto* row_total = in.row_total_.get<float>(in.rows);
-        pool.run(whole, TILE, [&](int64_t first, int64_t last, int) {
-            for (int64_t m = first; m < last; m++) {
-                for (int64_t t = 0; t < tiles; t++) {
-                    const __m512i v = m < in.rows ? _mm512_loadu_si512(in.q + m * in.padded + t * 64)
-                                                  : _mm512_setzero_si512();
-                    _mm512_storeu_si512(to + ((m / TILE * tiles + t) * TILE + m % TILE) * 64, v);
-                }
-                if (m >= in.rows) continue;
-                row_total[m] = 0;
-                for (int b = 0; b < in.blocks(); b++) row_total[m] += in.total[m * in.blocks() + b];
-            }
-        });
-        in.q_tiles = to;
-        in.row_total = row_total;
-        return;
-    }
+void arrange_tiles(Input& in, bool two, Pool& pool) {
+    const int64_t whole = (in.rows + TILE - 1) / TILE * TILE, tiles = in.padded / 32;
     auto* high = in.high_.get<uint16_t>(whole * in.padded);
-    auto* low = mode == EXACT ? in.low_.get<uint16_t>(whole * in.padded) : nullptr;
+    auto* low = two ? in.low_.get<uint16_t>(whole * in.padded) : nullptr;
     pool.run(whole, TILE, [&](int64_t first, int64_t last, int) {
         for (int64_t m = first; m < last; m++)
             for (int64_t k = 0; k < in.padded; k += LANES) {
-                const __m512 v = m < in.rows ? _mm512_loadu_ps(in.x + m * in.stride + k) : _mm512_setzero_ps();
+                const int64_t there = m < in.rows ? std::clamp<int64_t>(in.columns - k, 0, LANES) : 0;
+                const __m512 v = _mm512_maskz_loadu_ps((__mmask16)((1u << there) - 1), in.x + m * in.stride + k);
                 const int64_t at = ((m / TILE * tiles + k / 32) * TILE + m % TILE) * 32 + k % 32;
                 put_parts((F)v, high + at, low ? low + at : nullptr);
             }
@@ -195,98 +178,80 @@ void take_bf16(Input& in, const uint16_t* x, int rows, int columns, Pool& pool) 
     in.high = high;
 }
 
-// With x in two parts ("exact") the weight is in two parts as well, unless it is bfloat16 itself.
-void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
-                const float* bias) {
-    configure_tiles();
-    const bool plain = w.bits == 16, two = in.low != nullptr;
+namespace {
+
+struct Meaning {
+    struct Columns {};
+    void read(int, int, Columns&) const {}
+    inline F outputs(const int32_t* sums, int, int, const Columns&) const { return load<F>((const float*)sums); }
+};
+
+void one_part(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
+              const float* bias) {
+    Writer<Meaning> writer({}, w.rows, in.rows, y, y_stride, bias);
+    const int64_t row = (int64_t)w.padded() * LANES;
+    const Sides sides{(const uint8_t*)in.high, 2 * row, (in.rows + TILE - 1) / TILE, first, last};
+    if (w.bits == 16) {
+        const auto there = [&](int n, int64_t k, int64_t) { return pair_of(w, n, last, k); };
+        return multiply_tiles<false>(sides, there, writer);
+    }
+    uint16_t* unpacked = panel(2 * row);
+    const auto make = [&](int n, int64_t k, int64_t bytes) {
+        const int from = (int)(k / TILE_BYTES), to = from + (int)(bytes / TILE_BYTES);
+        for (int e = 0; e < std::min(2, last - n); e++) unpack(w, n + e, from, to, unpacked + e * row, nullptr);
+        return Pair{(const uint8_t*)unpacked, (const uint8_t*)(n + 1 < last ? unpacked + row : unpacked), 0};
+    };
+    multiply_tiles<false>(sides, make, writer);
+}
+
+// The weight is in two parts as well, unless it is bfloat16 itself.
+void two_parts(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
+               const float* bias) {
+    const bool plain = w.bits == 16;
     const int64_t a_block = (int64_t)w.padded() * LANES;
-    uint16_t* unpacked = plain ? nullptr : panel(a_block * (two ? 4 : 2));
+    uint16_t* unpacked = plain ? nullptr : panel(a_block * 4);
     const int tiles = w.padded() / CHUNK, m_tiles = (in.rows + TILE - 1) / TILE;
     const int64_t a_row = (int64_t)in.padded * TILE;
-    const int m_block = std::max<int>(2, (int)(INPUT_BYTES / (a_row * 2 * (two ? 2 : 1))) & ~1);
+    const int m_block = std::max<int>(2, (int)(INPUT_BYTES / (a_row * 4)) & ~1);
     const Target target(w, in, y, y_stride, bias);
     alignas(64) Sums sums;
     for (int m_first = 0; m_first < m_tiles; m_first += m_block)
         for (int n = first; n < last; n += 2) {
             const int width = std::min(2, last - n);
-            Piece piece{};
+            Parts parts{};
             for (int e = 0; e < 2; e++) {
                 const int block = n + std::min(e, width - 1);
                 if (plain) {
-                    piece.w_high[e] = (const uint16_t*)w.block(block);
+                    parts.w_high[e] = (const uint16_t*)w.block(block);
                     continue;
                 }
-                uint16_t *high = unpacked + e * a_block, *low = two ? high + 2 * a_block : nullptr;
-                unpack(w, block, high, low);
-                piece.w_high[e] = high;
-                piece.w_low[e] = low;
+                uint16_t *high = unpacked + e * a_block, *low = high + 2 * a_block;
+                unpack(w, block, 0, tiles, high, low);
+                parts.w_high[e] = high;
+                parts.w_low[e] = low;
             }
             for (int m = m_first; m < std::min(m_first + m_block, m_tiles); m += 2) {
                 const int height = std::min(2, m_tiles - m);
                 for (int h = 0; h < 2; h++) {
                     const int64_t at = (m + std::min(h, height - 1)) * a_row;
-                    piece.x_high[h] = in.high + at;
-                    piece.x_low[h] = two ? in.low + at : nullptr;
+                    parts.x_high[h] = in.high + at;
+                    parts.x_low[h] = in.low + at;
                 }
-                piece.run(tiles, sums);
+                parts.run(tiles, sums);
                 target.put(m, height, n, width, [&](int part, int row) {
                     return load<F>(sums[(row / TILE) - m][part] + row % TILE * TILE);
                 });
             }
         }
-    _tile_release();
 }
 
-// 8-bit codes with one grid a row meet int8 inputs with one step a row: the sums run through all
-// columns, straight from the packed bytes.
-void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
+}  // namespace
+
+void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {
     configure_tiles();
-    const int64_t a_row = w.padded() / 64 * TILE_BYTES;
-    const int m_tiles = (in.rows + TILE - 1) / TILE;
-    const int m_block = std::max<int>(2, (int)(INPUT_BYTES / a_row) & ~1);
-    const Target target(w, in, y, y_stride, bias);
-    alignas(64) int32_t sums[2][2][TILE * TILE];
-    for (int m_first = 0; m_first < m_tiles; m_first += m_block)
-        for (int n = first; n < last; n += 2) {
-            const int width = std::min(2, last - n);
-            const uint8_t *b0 = w.block(n), *b1 = w.block(n + width - 1);
-            F scale[2], zero[2], row_sum[2];
-            for (int e = 0; e < width; e++) {
-                scale[e] = w.scale(n + e, 0);
-                zero[e] = scale[e] * w.zero_of(n + e, 0);
-                row_sum[e] = scale[e] * to_float(load<I>(w.sums + (n + e) * LANES));
-            }
-            for (int m = m_first; m < std::min(m_first + m_block, m_tiles); m += 2) {
-                const int height = std::min(2, m_tiles - m);
-                const int8_t *a0 = in.q_tiles + m * a_row, *a1 = a0 + (height - 1) * a_row;
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-                for (int64_t at = 0; at < a_row; at += TILE_BYTES) {
-                    _tile_loadd(6, b0 + at, 64);
-                    _tile_loadd(7, b1 + at, 64);
-                    _tile_loadd(4, a0 + at, 64);
-                    _tile_dpbsud(0, 4, 6);
-                    _tile_dpbsud(1, 4, 7);
-                    _tile_loadd(5, a1 + at, 64);
-                    _tile_dpbsud(2, 5, 6);
-                    _tile_dpbsud(3, 5, 7);
-                }
-                _tile_stored(0, sums[0][0], 64);
-                _tile_stored(1, sums[0][1], 64);
-                _tile_stored(2, sums[1][0], 64);
-                _tile_stored(3, sums[1][1], 64);
-                target.put(m, height, n, width, [&](int part, int row) {
-                    const F dot = to_float(load<I>(sums[row / TILE - m][part] + row % TILE * TILE));
-                    const float step = in.step[row * (int64_t)in.blocks()];
-                    const F y = scale[part] * (dot * step) - zero[part] * in.row_total[row];
-                    return in.shift ? y + row_sum[part] * (step * in.shift[row]) : y;
-                });
-            }
-        }
+    if (in.low) two_parts(w, in, first, last, y, y_stride, bias);
+    else one_part(w, in, first, last, y, y_stride, bias);
     _tile_release();
 }
 

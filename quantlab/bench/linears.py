@@ -55,6 +55,10 @@ def shapes(quick: bool) -> tuple[tuple[int, int], ...]:
     return (square, narrow, narrow, square, wide, wide, tall)
 
 
+JOINED = (False, True, True, False, False, True, False)
+"""Which of `shapes` read what the one before reads: queries, keys and values; gate and up."""
+
+
 def working_set() -> int:
     """Bytes that no cache holds: twice the largest, within a quarter of the free memory."""
     cache = max((_bytes(path.read_text()) for path in _caches()), default=0)
@@ -143,13 +147,15 @@ def read_bytes(matrix: native.Matrix) -> int:
 
 
 def passes(matrices: Sequence[native.Matrix], rows: int) -> Callable[[native.How], float]:
-    """A function that multiplies random inputs by every matrix once and gives the seconds."""
-    x = torch.randn(rows, max(matrix.columns for matrix in matrices))
-    y = torch.empty(rows, max(matrix.rows for matrix in matrices))
+    """A function that multiplies random inputs by every matrix of whole blocks once, and gives the
+    seconds. As in the engine, linears that read the same input share its preparation."""
+    x = native_probe.room(rows, max(matrix.columns for matrix in matrices)).normal_()
+    y = native_probe.room(rows, max(matrix.rows for matrix in matrices))
+    joined = JOINED * (len(matrices) // len(JOINED))
 
     def run(how: native.How) -> float:
         start = time.perf_counter()
-        native_probe.multiply_each(matrices, x, y, how)
+        native_probe.multiply_each(matrices, x, y, how, joined)
         return time.perf_counter() - start
 
     return run

@@ -145,6 +145,19 @@ void linears(void* pool) {
         }
 }
 
+// More rows, columns and outputs than the caches take whole.
+void large(void* pool) {
+    const int shapes[][3] = {{33, 2200, 490}, {17, 40, 530}};
+    for (const auto& [rows, columns, m] : shapes) {
+        const Weight bytes(rows, columns, 8, columns, ZERO_MIDDLE, false, false, pool);
+        products(bytes, m, {INT8_RANGE_ROW, 0, 0, 0}, true, pool);
+        products(bytes, m, {INT8_OUTLIERS, 0, 0, 0.9f}, false, pool);
+        products(bytes, m, {BF16, 0, 0, 0}, true, pool);
+        products(Weight(rows, columns, 16, columns, ZERO_MIDDLE, false, false, pool), m, {BF16, 0, 0, 0},
+                 false, pool);
+    }
+}
+
 void solving(void* pool) {
     for (int rows : {1, 15, 16, 37})
         for (int columns : {1, 31, 48}) {
@@ -288,6 +301,7 @@ int main() {
     for (int threads : {1, 2}) {
         void* pool = ql_pool_new(threads);
         linears(pool);
+        large(pool);
         solving(pool);
         sampling(pool);
         moments(pool);
