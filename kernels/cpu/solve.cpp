@@ -85,10 +85,11 @@ extern "C" {
 //     value_j = work_j - sum_i pull_ij error_i + sum_i debt_ij value_i      first <= i < j
 //     whole_j = clamp(round(value_j / step_j), bottom_j, bottom_j + levels),  error = value - whole step
 // pull and debt [columns][columns] are transposed (row j belongs to column j); debt may be null. work
-// becomes the values; work, step, bottom, whole, errors: [columns][rows].
-void ql_compensate(float* work, const float* step, const float* bottom, float levels, float* whole,
-                   float* errors, const float* pull, const float* debt, int64_t rows, int64_t columns,
-                   int64_t first, int64_t last, void* pool) {
+// becomes the values; work, whole, errors: [columns][rows]; step, bottom: [groups][rows], of which column
+// j has those of group_of[j].
+void ql_compensate(float* work, const float* step, const float* bottom, const int64_t* group_of, float levels,
+                   float* whole, float* errors, const float* pull, const float* debt, int64_t rows,
+                   int64_t columns, int64_t first, int64_t last, void* pool) {
     const int count = (int)(last - first);
     ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end, int) {
         static thread_local Buffer error_room, value_room;
@@ -100,8 +101,10 @@ void ql_compensate(float* work, const float* step, const float* bottom, float le
                 const int64_t row = (first + j) * columns + first;
                 F v = lanes.get(work + at) - dot(pull + row, error, j);
                 if (debt) v += dot(debt + row, value, j);
-                const F s = lanes.count == LANES ? load<F>(step + at) : at_least(lanes.get(step + at), splat(1e-30f));
-                const F low = lanes.get(bottom + at), code = nearest(v / s, low, low + splat(levels));
+                const int64_t grid = group_of[first + j] * rows + strip * LANES;
+                F s = lanes.get(step + grid);
+                if (lanes.count < LANES) s = at_least(s, splat(1e-30f));
+                const F low = lanes.get(bottom + grid), code = nearest(v / s, low, low + splat(levels));
                 value[j] = v;
                 error[j] = v - code * s;
                 lanes.put(work + at, v);

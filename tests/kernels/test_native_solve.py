@@ -40,17 +40,19 @@ def test_columns_answer_for_those_before_them(
     rows: int, columns: int, bits: int, owing: bool, part: tuple[float, float], seed: int
 ) -> None:
     first, last = sorted(int(share * columns) for share in part)
+    group_of = torch.randint(0, 3, (columns,), generator=torch.Generator().manual_seed(seed))
     work = noise(columns, rows, seed=seed)
     before = work.clone()
-    step = torch.rand(columns, rows, generator=torch.Generator().manual_seed(seed)) + 0.05
-    bottom = -torch.randint(0, 2**bits, (columns, rows)).float()
+    steps = torch.rand(3, rows, generator=torch.Generator().manual_seed(seed)) + 0.05
+    bottoms = -torch.randint(0, 2**bits, (3, rows)).float()
     pull, debt = (noise(columns, columns, seed=seed + n).triu(1) * 0.3 for n in (1, 2))
     whole, errors = torch.full_like(work, 7.0), torch.full_like(work, 7.0)
     native_solve.compensate(
-        *(work, step, bottom, 2**bits - 1, whole, errors, pull.t().contiguous()),
+        *(work, steps, bottoms, group_of, 2**bits - 1, whole, errors, pull.t().contiguous()),
         debt.t().contiguous() if owing else None,
         slice(first, last),
     )
+    step, bottom = steps[group_of], bottoms[group_of]
     outside = [j for j in range(columns) if not first <= j < last]
     assert torch.equal(work[outside], before[outside])
     assert bool((whole[outside] == 7).all())
