@@ -56,9 +56,7 @@ def turn(weight: Tensor, places: Tensor) -> Tensor:
     return turned
 
 
-def turn_back(
-    work: Tensor, places: Tensor, grids: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def turn_back(work: Tensor, places: Tensor, grids: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Row places[c] of work [columns, rows] becomes column c: float32 [rows, columns]. With `grids`,
     offsets [groups, rows] and the group (int64) of each row of work, less its group's offsets. Ask
     `ready` first."""

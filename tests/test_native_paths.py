@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import native_solve
 from quantlab.compensation import compensate, inverse_factor
 from quantlab.engine import Sampler
-from quantlab.grid import find_grid
+from quantlab.grid import find_grid, refit_scales, spread, to_codes
 from quantlab.methods.awq import AWQConfig, rounding_error
 from quantlab.metrics.divergence import compare_logits
 
@@ -71,6 +71,19 @@ def test_compensation(
         return found.codes, found.scale, found.zero, found.values()
 
     both(monkeypatch, answers)
+
+
+def test_refitted_scales(weight: Tensor, moment: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a moment and codes that do not lie in order, as views of others do."""
+    scale, zero = find_grid(weight, 4, 32, symmetric=False, scale_dtype=torch.float16)
+    codes = to_codes(weight, spread(scale, 32, 100), spread(zero, 32, 100), 4).t().clone().t()
+    answer = torch.float32
+    both(
+        monkeypatch,
+        lambda: (
+            refit_scales(weight, codes, scale, zero, 32, moment, damping=0.1, scale_dtype=answer),
+        ),
+    )
 
 
 @pytest.mark.parametrize("weighed", [False, True])
