@@ -49,17 +49,21 @@ def mirror(matrix: Tensor) -> None:
 
 
 def turn(weight: Tensor, places: Tensor) -> Tensor:
-    """Column c of the weight [rows, columns] becomes row places[c]: float32 [columns, rows]. places:
-    a permutation, int64. Ask `ready` first."""
+    """Column c of the weight [rows, columns] becomes row places[c]: float32 [columns, rows].
+
+    places: a permutation, int64. Ask `ready` first.
+    """
     turned = torch.empty(weight.shape[1], weight.shape[0])
     native.native()("ql_turn", weight, places, *map(c_int64, weight.shape), turned)
     return turned
 
 
 def turn_back(work: Tensor, places: Tensor, grids: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Row places[c] of work [columns, rows] becomes column c: float32 [rows, columns]. With `grids`,
-    offsets [groups, rows] and the group (int64) of each row of work, less its group's offsets. Ask
-    `ready` first."""
+    """Row places[c] of work [columns, rows] becomes column c: float32 [rows, columns].
+
+    With `grids`, which are offsets [groups, rows] and the group (int64) of each row of work, less
+    the offsets of its group. Ask `ready` first.
+    """
     columns, rows = work.shape
     turned = torch.empty(rows, columns)
     offsets, groups = grids or (None, None)

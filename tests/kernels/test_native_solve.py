@@ -101,8 +101,8 @@ def test_losses_of_grids(
     # Each e is off by its own rounding; where w / s is a tie, by a sign, at the same square.
     reach = w.abs() + (e + w).abs()
     first_order = 2 * torch.einsum("tgri,gij,tgrj->tgr", e.abs(), m.abs(), 3 * U * reach)
-    # On AMX tiles M and e have two bfloat16 parts: what is left of each is 2^-17 (the second part of
-    # e is cut off: 2^-16), and the product of both second parts is 2^-18.
+    # On AMX tiles M and e have two bfloat16 parts: what is left of M is 2^-17, of e 2^-16 (its
+    # second part is cut off), and the product of both second parts is 2^-18.
     parts = 2.0**-15 if weighed and native.native().level.name == "amx" else 0.0
     bound = first_order + ((size + 8) * U + parts) * torch.einsum(
         "tgri,gij,tgrj->tgr", e.abs(), m.abs(), e.abs()
