@@ -48,10 +48,35 @@ def mirror(matrix: Tensor) -> None:
     native.native()("ql_mirror", matrix, c_int64(len(matrix)))
 
 
+def turn(weight: Tensor, places: Tensor) -> Tensor:
+    """Column c of the weight [rows, columns] becomes row places[c]: float32 [columns, rows].
+
+    places: a permutation, int64. Ask `ready` first.
+    """
+    turned = torch.empty(weight.shape[1], weight.shape[0])
+    native.native()("ql_turn", weight, places, *map(c_int64, weight.shape), turned)
+    return turned
+
+
+def turn_back(work: Tensor, places: Tensor, grids: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Row places[c] of work [columns, rows] becomes column c: float32 [rows, columns].
+
+    With `grids`, which are offsets [groups, rows] and the group (int64) of each row of work, less
+    the offsets of its group. Ask `ready` first.
+    """
+    columns, rows = work.shape
+    turned = torch.empty(rows, columns)
+    offsets, groups = grids or (None, None)
+    sizes = map(c_int64, (rows, columns))
+    native.native()("ql_turn_back", work, places, offsets, groups, *sizes, turned)
+    return turned
+
+
 def compensate(
     work: Tensor,
     step: Tensor,
     bottom: Tensor,
+    group_of: Tensor,
     levels: int,
     whole: Tensor,
     errors: Tensor,
@@ -62,11 +87,12 @@ def compensate(
     """Round the `columns` of work [columns, rows] in order, each after what it owes for those
     before it: `quantlab.compensation` says how. pull and debt [columns, columns] are transposed.
 
-    work, whole (code - zero) and errors are written. Ask `ready` first.
+    work, whole (code - zero) and errors [columns, rows] are written; step and bottom: [groups,
+    rows], of which column j has those of group_of[j] (int64). Ask `ready` first.
     """
     count, rows = work.shape
     sizes = map(c_int64, (rows, count, columns.start, columns.stop))
-    grids = (step, bottom, c_float(levels))
+    grids = (step, bottom, group_of, c_float(levels))
     native.native()("ql_compensate", work, *grids, whole, errors, pull, debt, *sizes)
 
 
@@ -84,6 +110,23 @@ def grid_losses(
     tries = (c_float(levels), c_int64(len(scale)))
     native.native()("ql_grid_losses", weight, *sizes, moments, scale, zero, *tries, losses)
     return losses
+
+
+def group_products(
+    weight: Tensor, codes: Tensor, zero: Tensor, moment: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """(v_g M v_h^T, v_g M w^T) of every row: float32 [rows, groups, groups] and [rows, groups],
+    where v_g is `codes - zero` inside group g and 0 elsewhere.
+
+    weight, codes [rows, columns]; zero [rows, groups]; moment: M [columns, columns], symmetric.
+    `codes - zero` are whole numbers up to 256. Ask `multiplies_bfloat16` first.
+    """
+    rows, columns = weight.shape
+    groups = zero.shape[1]
+    system, right = torch.empty(rows, groups, groups), torch.empty(rows, groups)
+    sizes = map(c_int64, (rows, columns, group_size))
+    native.native()("ql_group_products", weight, codes, zero, moment, *sizes, system, right)
+    return system, right
 
 
 def scaled_error(

@@ -10,6 +10,7 @@ the debt: Li et al. 2025, arXiv 2504.02692, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,24 @@ Regrid = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """(values [rows, columns of a group], first column) -> (scale, zero), both [rows, 1]."""
 
 
+@dataclass(frozen=True)
+class Compensated:
+    """What `compensate` found. codes: float32 [rows, columns]; scale and zero, float32 [rows,
+    groups], as they were used."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    work: Tensor
+    """float32 [columns, rows], in the order the columns were rounded."""
+    places: Tensor
+    """int64 [columns]: which of them each column was."""
+
+    def values(self) -> Tensor:
+        """The compensated values that were rounded to the codes: float32 [rows, columns]."""
+        return in_order(self.work, self.places).t().contiguous()
+
+
 def compensate(
     weight: Tensor,
     order: Tensor,
@@ -38,9 +57,8 @@ def compensate(
     *,
     regrid: Regrid | None = None,
     debt: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, scale, zero, values): codes and the compensated values that were rounded to them,
-    float32 [rows, columns]; scale and zero, float32 [rows, groups], as they were used.
+) -> Compensated:
+    """Codes of the columns in order, each rounded as the errors of those before it left it.
 
     weight: float32 [rows, columns]; order: int64 [columns], columns in the order they are rounded;
     upper: `inverse_factor` and debt (P of GPTAQ, strictly upper), both [columns, columns] in that
@@ -49,22 +67,15 @@ def compensate(
     """
     columns = weight.shape[1]
     scale, zero = (grid.clone() for grid in grids)
+    places = torch.argsort(order)
+    # Errors are passed on as they are, not divided by U_jj: that is done to U's rows, once.
+    pull = upper / upper.diagonal()[:, None]
+    if regrid is None and native_solve.ready(weight, scale):
+        return _natively(weight, places, order // group, pull, debt, (scale, zero), bits)
     work = in_order(weight.t(), order).clone(memory_format=torch.contiguous_format)
     step, bottom = scale.t()[order // group], -zero.t()[order // group]
     top = bottom + (2**bits - 1)
     whole, errors = torch.empty_like(work), torch.empty_like(work)  # whole: code - zero
-    # Errors are passed on as they are, not divided by U_jj: that is done to U's rows, once.
-    pull = upper / upper.diagonal()[:, None]
-    if regrid is None and native_solve.ready(work, step):
-        turned = [None if t is None else t.t().contiguous() for t in (pull, debt)]
-        assert turned[0] is not None
-        for start in range(0, columns, LAZY_BLOCK):
-            done = slice(start, min(start + LAZY_BLOCK, columns))
-            native_solve.compensate(
-                *(work, step, bottom, 2**bits - 1, whole, errors, turned[0], turned[1], done)
-            )
-            pass_on(work, pull, errors, debt, done, slice(done.stop, columns))
-        return _in_place(order, whole, bottom, work, scale, zero)
     lines = zip(*(t.unbind() for t in (work, step, bottom, top, whole, errors)), strict=True)
     for start in range(0, columns, LAZY_BLOCK):
         stop = min(start + LAZY_BLOCK, columns)
@@ -92,16 +103,34 @@ def compensate(
                     rest.addr_(debt[j, j + 1 : last], value)
             pass_on(work, pull, errors, debt, slice(first, last), slice(last, stop))
         pass_on(work, pull, errors, debt, slice(start, stop), slice(stop, columns))
-    return _in_place(order, whole, bottom, work, scale, zero)
+    codes = in_order(whole.sub_(bottom), places).t().contiguous()
+    return Compensated(codes, scale, zero, work, places)
 
 
-def _in_place(
-    order: Tensor, whole: Tensor, bottom: Tensor, work: Tensor, scale: Tensor, zero: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `compensate` returns, its columns back in their places."""
-    back = torch.argsort(order)
-    codes, values = (in_order(t, back).t().contiguous() for t in (whole.sub_(bottom), work))
-    return codes, scale, zero, values
+def _natively(
+    weight: Tensor,
+    places: Tensor,
+    group_of: Tensor,
+    pull: Tensor,
+    debt: Tensor | None,
+    grids: tuple[Tensor, Tensor],
+    bits: int,
+) -> Compensated:
+    """`compensate` with the columns of a lazy block rounded by the native kernels."""
+    columns = weight.shape[1]
+    work = native_solve.turn(weight.contiguous(), places)
+    step, bottom = grids[0].t().contiguous(), -grids[1].t().contiguous()
+    whole, errors = torch.empty_like(work), torch.empty_like(work)
+    turned = [None if t is None else t.t().contiguous() for t in (pull, debt)]
+    assert turned[0] is not None
+    for start in range(0, columns, LAZY_BLOCK):
+        done = slice(start, min(start + LAZY_BLOCK, columns))
+        native_solve.compensate(
+            *(work, step, bottom, group_of, 2**bits - 1, whole, errors, *turned, done)
+        )
+        pass_on(work, pull, errors, debt, done, slice(done.stop, columns))
+    codes = native_solve.turn_back(whole, places, (bottom, group_of))
+    return Compensated(codes, *grids, work, places)
 
 
 def in_order(values: Tensor, order: Tensor) -> Tensor:
@@ -136,12 +165,43 @@ def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool 
     diagonal += damping
     for _ in range(4):
         # From the last channel to the first, H = R R^T with R upper triangular; U is its inverse.
-        lower, info = torch.linalg.cholesky_ex(moment.flip(0, 1))
-        if int(info) == 0:
-            root = lower.flip(0, 1)
-            upper = torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
-            if all_finite(upper):
-                return upper
+        inverse = inverse_cholesky(moment.flip(0, 1))
+        if inverse is not None and all_finite(inverse):
+            return inverse.flip(0, 1)
         diagonal += 9 * damping
         damping = damping * 10
     raise MethodError("H cannot be inverted; raise damp_percent or calibrate on more tokens")
+
+
+FACTORED_AT_ONCE = 192
+"""Columns whose Cholesky factor LAPACK makes and inverts; of more, products take most of the time,
+which all cores share."""
+
+
+def inverse_cholesky(matrix: Tensor) -> Tensor | None:
+    """L^-1, lower triangular, of a symmetric A = L L^T: float32 [columns, columns]. None where A is
+    not positive definite in float32.
+
+    By halves, of which L itself is never needed:
+
+        A = [[P, .], [B, D]]    X = B L_P^-T    S = D - X X^T    L^-1 = [[L_P^-1, 0],
+                                                                        [-L_S^-1 X L_P^-1, L_S^-1]]
+    """
+    columns = len(matrix)
+    if columns <= FACTORED_AT_ONCE:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) != 0:
+            return None
+        return torch.linalg.solve_triangular(lower, torch.eye(columns), upper=False)
+    half = columns // 2
+    first = inverse_cholesky(matrix[:half, :half])
+    if first is None:
+        return None
+    across = matrix[half:, :half] @ first.t()
+    second = inverse_cholesky(torch.addmm(matrix[half:, half:], across, across.t(), alpha=-1))
+    if second is None:
+        return None
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = (second @ (across @ first)).neg_()
+    return inverse

@@ -233,23 +233,19 @@ def refit_scales(
     better or are not positive.
     """
     columns, groups = weight.shape[1], scale.shape[1]
-    moment = moment.clone()
+    moment = moment.clone(memory_format=torch.contiguous_format)
     moment.diagonal().add_(damping * float(moment.diagonal().mean()))
     member = torch.zeros(columns, groups)
     member[torch.arange(columns), torch.arange(columns) // group_size] = 1.0
+    # The native products read `code - zero` as bfloat16: exact up to 8 bits.
+    products = group_products
+    if native_solve.ready(weight, codes, zero, moment) and native_solve.multiplies_bfloat16():
+        products = native_solve.group_products
     refitted = []
     count = max(ROW_SYSTEMS // groups**2, 1)
-    parts = [tensor.split(count) for tensor in (weight, codes, scale, zero)]
+    parts = [tensor.contiguous().split(count) for tensor in (weight, codes, scale, zero)]
     for w, c, s, z in zip(*parts, strict=True):
-        values = c - spread(z, group_size, columns)
-        right = (w @ moment).mul_(values) @ member
-        system = torch.empty(len(w), groups, groups)
-        for g in range(groups):
-            first = g * group_size
-            inside = slice(first, min(first + group_size, columns))
-            seen = (values[:, inside] @ moment[inside, first:]).mul_(values[:, first:])
-            # Symmetric: the groups before this one have had their turn.
-            system[:, g, g:] = system[:, g:, g] = seen @ member[first:, g:]
+        system, right = products(w, c, z, moment, group_size)
         # A little weight on the old steps keeps every system solvable; groups of zeros stay so.
         share = torch.where(w.abs() @ member > 0, 1e-4, 1e6)
         ridge = share * system.diagonal(dim1=1, dim2=2) + TINY
@@ -259,6 +255,26 @@ def refit_scales(
         better = quadratic(system, right, found) < quadratic(system, right, s)
         refitted.append(torch.where((usable & better)[:, None], found, s))
     return torch.cat(refitted)
+
+
+def group_products(
+    weight: Tensor, codes: Tensor, zero: Tensor, moment: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """(v_g M v_h^T, v_g M w^T) of every row, as `refit_scales` defines them: float32 [rows, groups,
+    groups] and [rows, groups]."""
+    columns, groups = weight.shape[1], zero.shape[1]
+    member = torch.zeros(columns, groups)
+    member[torch.arange(columns), torch.arange(columns) // group_size] = 1.0
+    values = codes - spread(zero, group_size, columns)
+    right = (weight @ moment).mul_(values) @ member
+    system = torch.empty(len(weight), groups, groups)
+    for g in range(groups):
+        first = g * group_size
+        inside = slice(first, min(first + group_size, columns))
+        seen = (values[:, inside] @ moment[inside, first:]).mul_(values[:, first:])
+        # Symmetric: the groups before this one have had their turn.
+        system[:, g, g:] = system[:, g:, g] = seen @ member[first:, g:]
+    return system, right
 
 
 def quadratic(system: Tensor, right: Tensor, s: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import native_solve
 from quantlab.compensation import compensate, inverse_factor
 from quantlab.engine import Sampler
-from quantlab.grid import find_grid
+from quantlab.grid import find_grid, refit_scales, spread, to_codes
 from quantlab.methods.awq import AWQConfig, rounding_error
 from quantlab.metrics.divergence import compare_logits
 
@@ -65,7 +65,25 @@ def test_compensation(
     upper = inverse_factor(moment[order][:, order], torch.zeros(100, dtype=torch.bool), 0.1)
     grids = find_grid(weight, 3, 32, symmetric=False)
     debt = (upper * 0.01).triu(1) if owing else None
-    both(monkeypatch, lambda: compensate(weight, order, upper, grids, 3, 32, debt=debt))
+
+    def answers() -> tuple[Tensor, ...]:
+        found = compensate(weight, order, upper, grids, 3, 32, debt=debt)
+        return found.codes, found.scale, found.zero, found.values()
+
+    both(monkeypatch, answers)
+
+
+def test_refitted_scales(weight: Tensor, moment: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a moment and codes that do not lie in order, as views of others do."""
+    scale, zero = find_grid(weight, 4, 32, symmetric=False, scale_dtype=torch.float16)
+    codes = to_codes(weight, spread(scale, 32, 100), spread(zero, 32, 100), 4).t().clone().t()
+    answer = torch.float32
+    both(
+        monkeypatch,
+        lambda: (
+            refit_scales(weight, codes, scale, zero, 32, moment, damping=0.1, scale_dtype=answer),
+        ),
+    )
 
 
 @pytest.mark.parametrize("weighed", [False, True])

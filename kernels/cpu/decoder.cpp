@@ -75,7 +75,7 @@ class Reader {
         products(out, q_width(), count_, {{l.o, h_}});
         add(l.after_attention_norm);
         normalise(x_, l.ffn_norm);
-        gate(l, [&](auto jobs) { products(h_, model_.width, count_, jobs); });
+        gate(l);
         products(gate_, model_.ffn, count_, {{l.down, h_}});
         add(l.after_ffn_norm);
     }
@@ -116,8 +116,9 @@ class Reader {
                 normalise(x_, l.ffn_norm);
                 return round_rows(h_, model_.width, output);
             case 3:
-                gate(l, multiply_all);
-                return round_rows(gate_, model_.ffn, output);
+                take_bf16(memory_.input, input, count_, model_.width, pool_);
+                return multiply_gated({l.gate.w, l.up.w, l.gate.bias, l.up.bias, model_.gelu != 0}, memory_.input,
+                                      output, pool_);
             case 4:
                 products_of(input, model_.ffn, {{l.down, h_}});
                 return add(l.after_ffn_norm);
@@ -208,12 +209,11 @@ class Reader {
     }
 
     // What the down-projection reads: act(gate) * up.
-    template <class Products>
-    void gate(const Layer& l, Products&& multiply_all) {
+    void gate(const Layer& l) {
         const int64_t size = (int64_t)count_ * model_.ffn;
         gate_ = memory_.gate.get<float>(size);
         auto* up = memory_.up.get<float>(size);
-        multiply_all(std::initializer_list<Job>{{l.gate, gate_}, {l.up, up}});
+        products(h_, model_.width, count_, {{l.gate, gate_}, {l.up, up}});
         pool_.run(size, 4096, [&](int64_t begin, int64_t end, int) {
             int64_t i = begin;
             for (; i + LANES <= end; i += LANES) {

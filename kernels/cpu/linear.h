@@ -29,6 +29,14 @@ constexpr int TILE_FROM = 6;
 #if QL_LEVEL >= 4
 // As `prepare` in mode BF16, of x [rows][columns] that is bfloat16 already; for many rows only.
 void take_bf16(Input& in, const uint16_t* x, int rows, int columns, Pool& pool);
+// y = act(gate x + bias) * (up x + bias), rounded to bfloat16: [rows of x][rows of the weights]. Weights
+// are bfloat16, biases may be null; `in` is from `take_bf16`.
+struct Gated {
+    const Matrix *gate, *up;
+    const float *gate_bias, *up_bias;
+    bool gelu;  // else SiLU
+};
+void multiply_gated(const Gated& gated, const Input& in, uint16_t* y, Pool& pool);
 // The input in the order of tiles: int8 (`how` has no INT8_RANGE), or one or two bfloat16 parts.
 void quantize_tiles(Input& in, const How& how, Pool& pool);
 void arrange_tiles(Input& in, bool two, Pool& pool);

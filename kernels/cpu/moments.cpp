@@ -12,8 +12,8 @@ namespace ql {
 namespace {
 
 constexpr int DEEP = 32;   // tokens in a tile
-constexpr int WIDE = 8;    // tiles of columns that are worked on together, for the second cache
-constexpr int CHUNK_TILES = 32;  // and their tiles of tokens
+constexpr int WIDE = 18;        // tiles of columns that are worked on together,
+constexpr int CHUNK_TILES = 16; // and their tiles of tokens: what the second cache holds with the sums
 
 // Columns of x [tokens][columns] as tiles [column tile][token tile][512]: pairs of tokens side by side,
 // [16 pairs][16 columns][2], or turned, [16 columns][16 pairs][2].
@@ -25,52 +25,25 @@ struct Tiles {
     }
 };
 
+// A tile of x, plain and turned, where they are wanted.
 void convert(const uint16_t* x, int64_t tokens, int64_t columns, int64_t column_tile, int64_t token_tile,
-             bool turned, uint16_t* to) {
+             uint16_t* plain, uint16_t* turned) {
     const int64_t c = column_tile * TILE;
-    const __mmask16 mask = (__mmask16)((1u << std::min<int64_t>(TILE, columns - c)) - 1);
-    alignas(64) uint32_t pairs[16][16];
+    const __mmask16 mask = c < columns ? (__mmask16)((1u << std::min<int64_t>(TILE, columns - c)) - 1) : 0;
+    __m512i pairs[16];
     for (int p = 0; p < 16; p++) {
         __m512i half[2];
         for (int e = 0; e < 2; e++) {
             const int64_t t = token_tile * DEEP + 2 * p + e;
-            half[e] = t < tokens ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x + t * columns + c))
-                                 : _mm512_setzero_si512();
+            half[e] = t < tokens && mask ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x + t * columns + c))
+                                         : _mm512_setzero_si512();
         }
-        _mm512_store_si512(pairs[p], _mm512_or_si512(half[0], _mm512_slli_epi32(half[1], 16)));
+        pairs[p] = _mm512_or_si512(half[0], _mm512_slli_epi32(half[1], 16));
+        if (plain) _mm512_storeu_si512(plain + p * 32, pairs[p]);
     }
-    if (!turned) {
-        std::memcpy(to, pairs, sizeof pairs);
-        return;
-    }
-    const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const I down = lane * 16;
-    for (int i = 0; i < 16; i++)
-        store(to + i * 32, (I)_mm512_i32gather_epi32((__m512i)(down + i), pairs, 4));
-}
-
-// The 32 x 32 entries from (i, j) tiles on, over token tiles first to last - 1.
-void piece(const Tiles& y, const Tiles& x, int64_t i, int64_t j, int64_t first, int64_t last, float* c,
-           int64_t stride) {
-    const int64_t row = stride * (int64_t)sizeof(float);
-    _tile_loadd(0, c, row);
-    _tile_loadd(1, c + TILE, row);
-    _tile_loadd(2, c + TILE * stride, row);
-    _tile_loadd(3, c + TILE * stride + TILE, row);
-    for (int64_t t = first; t < last; t++) {
-        _tile_loadd(4, y.at(i, t), 64);
-        _tile_loadd(6, x.at(j, t), 64);
-        _tile_loadd(7, x.at(j + 1, t), 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, y.at(i + 1, t), 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, c, row);
-    _tile_stored(1, c + TILE, row);
-    _tile_stored(2, c + TILE * stride, row);
-    _tile_stored(3, c + TILE * stride + TILE, row);
+    if (!turned) return;
+    transpose(pairs);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(turned + i * 32, pairs[i]);
 }
 
 struct Product {
@@ -79,25 +52,67 @@ struct Product {
     bool triangle;
     float* total;
 
-    // Column tiles i0 and j0 to WIDE after them.
+    // Column tiles i0 and j0 to WIDE after them. Their sums are kept side by side: rows of `total` lie
+    // kilobytes apart, and would push each other out of the first cache.
     void block(int64_t i0, int64_t j0) const {
-        alignas(64) float edge[32 * 32];
+        static thread_local Buffer room;
+        auto* sums = room.get<float>(WIDE * WIDE * TILE * TILE);
         for (int64_t first = 0; first < x.along; first += CHUNK_TILES) {
             const int64_t last = std::min<int64_t>(first + CHUNK_TILES, x.along);
-            for (int64_t i = i0; i < std::min(i0 + WIDE, tiles); i += 2)
-                for (int64_t j = triangle ? std::max(i, j0) : j0; j < std::min(j0 + WIDE, tiles); j += 2) {
-                    float* c = total + i * TILE * columns + j * TILE;
-                    const int64_t high = std::min<int64_t>(32, columns - i * TILE);
-                    const int64_t wide = std::min<int64_t>(32, columns - j * TILE);
-                    if (high == 32 && wide == 32) {
-                        piece(y, x, i, j, first, last, c, columns);
-                        continue;
-                    }
-                    std::memset(edge, 0, sizeof edge);
-                    piece(y, x, i, j, first, last, edge, 32);
-                    for (int64_t r = 0; r < high; r++)
-                        for (int64_t k = 0; k < wide; k++) c[r * columns + k] += edge[r * 32 + k];
-                }
+            each(i0, j0, [&](int64_t i, int64_t j) { piece(i, j, first, last, sums_of(sums, i - i0, j - j0)); });
+        }
+        each(i0, j0, [&](int64_t i, int64_t j) { add(i, j, sums_of(sums, i - i0, j - j0)); });
+    }
+
+  private:
+    static float* sums_of(float* sums, int64_t i, int64_t j) { return sums + (i * WIDE + j * 2) * TILE * TILE; }
+
+    template <class Body>
+    void each(int64_t i0, int64_t j0, Body&& body) const {
+        for (int64_t i = i0; i < std::min(i0 + WIDE, tiles); i += 2)
+            for (int64_t j = triangle ? std::max(i, j0) : j0; j < std::min(j0 + WIDE, tiles); j += 2) body(i, j);
+    }
+
+    // The 32 x 32 entries from (i, j) tiles on, over token tiles first to last - 1: four tiles of sums.
+    void piece(int64_t i, int64_t j, int64_t first, int64_t last, float* sums) const {
+        constexpr int A_TILE = TILE * TILE;
+        if (first == 0) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, sums, 64);
+            _tile_loadd(1, sums + A_TILE, 64);
+            _tile_loadd(2, sums + 2 * A_TILE, 64);
+            _tile_loadd(3, sums + 3 * A_TILE, 64);
+        }
+        for (int64_t t = first; t < last; t++) {
+            _tile_loadd(4, y.at(i, t), 64);
+            _tile_loadd(6, x.at(j, t), 64);
+            _tile_loadd(7, x.at(j + 1, t), 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, y.at(i + 1, t), 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, sums, 64);
+        _tile_stored(1, sums + A_TILE, 64);
+        _tile_stored(2, sums + 2 * A_TILE, 64);
+        _tile_stored(3, sums + 3 * A_TILE, 64);
+    }
+
+    void add(int64_t i, int64_t j, const float* sums) const {
+        for (int part = 0; part < 4; part++) {
+            const int64_t row = (i + part / 2) * TILE, column = (j + part % 2) * TILE;
+            if (column >= columns) continue;
+            const __mmask16 mask = (__mmask16)((1u << std::min<int64_t>(TILE, columns - column)) - 1);
+            for (int64_t r = 0; r < std::min<int64_t>(TILE, columns - row); r++) {
+                float* to = total + (row + r) * columns + column;
+                const __m512 more = _mm512_loadu_ps(sums + (part * TILE + r) * TILE);
+                _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), more));
+            }
         }
     }
 };
@@ -119,15 +134,10 @@ extern "C" void ql_add_moment(float* total, const uint16_t* y, const uint16_t* x
     auto* x_tiles = x_room.get<uint16_t>(tiles * along * TILE_PAIRS);
     threads.run(tiles * along, 16, [&](int64_t begin, int64_t end, int) {
         for (int64_t at = begin; at < end; at++) {
-            const int64_t c = at / along, t = at % along;
-            uint16_t *turned = y_tiles + at * TILE_PAIRS, *plain = x_tiles + at * TILE_PAIRS;
-            if (c * TILE >= columns) {
-                std::memset(turned, 0, TILE_BYTES);
-                std::memset(plain, 0, TILE_BYTES);
-                continue;
-            }
-            convert(y, tokens, columns, c, t, true, turned);
-            convert(x, tokens, columns, c, t, false, plain);
+            const int64_t t = at / tiles, c = at % tiles, to = (c * along + t) * TILE_PAIRS;
+            uint16_t *turned = y_tiles + to, *plain = x_tiles + to;
+            convert(x, tokens, columns, c, t, plain, y == x ? turned : nullptr);
+            if (y != x) convert(y, tokens, columns, c, t, nullptr, turned);
         }
     }, false);
     const Product product{{y_tiles, along}, {x_tiles, along}, columns, tiles, triangle != 0, total};

@@ -192,4 +192,29 @@ inline F look_up(const float* table, I index) {
 #endif
 }
 
+#if QL_LEVEL >= 3
+// 16 x 16 numbers of 32 bits: row i becomes column i.
+inline void transpose(__m512i (&m)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(m[i], m[i + 1]), b = _mm512_unpackhi_epi32(m[i], m[i + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(m[i + 2], m[i + 3]), d = _mm512_unpackhi_epi32(m[i + 2], m[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(a, c);
+        t[i + 1] = _mm512_unpackhi_epi64(a, c);
+        t[i + 2] = _mm512_unpacklo_epi64(b, d);
+        t[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    // Quarter q of t[4 r + i] holds rows 4 r to 4 r + 3 of column 4 q + i.
+    for (int i = 0; i < 4; i++) {
+        const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x44), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xee);
+        const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x44);
+        const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xee);
+        m[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        m[i + 4] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        m[i + 8] = _mm512_shuffle_i32x4(b, d, 0x88);
+        m[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+#endif
+
 }  // namespace ql

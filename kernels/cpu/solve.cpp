@@ -3,8 +3,8 @@
 // meet; what they need stays in the first cache.
 #include <algorithm>
 
-#include "input.h"
 #include "pool.h"
+#include "quadratic.h"
 
 namespace ql {
 
@@ -45,34 +45,6 @@ inline F dot(const float* row, const F* v, int count) {
     return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
-// e M e^T for sixteen vectors e and each of TRIES tries; `lower` has M's diagonal, and left of it
-// twice its entries.
-template <int TRIES>
-void quadratic(const float* lower, int size, const F* const (&e)[TRIES], F (&out)[TRIES]) {
-    constexpr int ROWS = 4;
-    for (auto& o : out) o = F{};
-    int i = 0;
-    for (; i + ROWS <= size; i += ROWS) {
-        F part[ROWS][TRIES] = {};
-        for (int j = 0; j < i; j++)
-            for (int r = 0; r < ROWS; r++) {
-                const F m = splat(lower[(i + r) * size + j]);
-                for (int t = 0; t < TRIES; t++) part[r][t] += m * e[t][j];
-            }
-        for (int r = 0; r < ROWS; r++)
-            for (int t = 0; t < TRIES; t++) {
-                for (int j = i; j <= i + r; j++) part[r][t] += lower[(i + r) * size + j] * e[t][j];
-                out[t] += part[r][t] * e[t][i + r];
-            }
-    }
-    for (; i < size; i++)
-        for (int t = 0; t < TRIES; t++) {
-            F part{};
-            for (int j = 0; j <= i; j++) part += lower[i * size + j] * e[t][j];
-            out[t] += part * e[t][i];
-        }
-}
-
 }  // namespace
 
 }  // namespace ql
@@ -85,10 +57,11 @@ extern "C" {
 //     value_j = work_j - sum_i pull_ij error_i + sum_i debt_ij value_i      first <= i < j
 //     whole_j = clamp(round(value_j / step_j), bottom_j, bottom_j + levels),  error = value - whole step
 // pull and debt [columns][columns] are transposed (row j belongs to column j); debt may be null. work
-// becomes the values; work, step, bottom, whole, errors: [columns][rows].
-void ql_compensate(float* work, const float* step, const float* bottom, float levels, float* whole,
-                   float* errors, const float* pull, const float* debt, int64_t rows, int64_t columns,
-                   int64_t first, int64_t last, void* pool) {
+// becomes the values; work, whole, errors: [columns][rows]; step, bottom: [groups][rows], of which column
+// j has those of group_of[j].
+void ql_compensate(float* work, const float* step, const float* bottom, const int64_t* group_of, float levels,
+                   float* whole, float* errors, const float* pull, const float* debt, int64_t rows,
+                   int64_t columns, int64_t first, int64_t last, void* pool) {
     const int count = (int)(last - first);
     ((Pool*)pool)->run((rows + LANES - 1) / LANES, 1, [&](int64_t begin, int64_t end, int) {
         static thread_local Buffer error_room, value_room;
@@ -100,8 +73,10 @@ void ql_compensate(float* work, const float* step, const float* bottom, float le
                 const int64_t row = (first + j) * columns + first;
                 F v = lanes.get(work + at) - dot(pull + row, error, j);
                 if (debt) v += dot(debt + row, value, j);
-                const F s = lanes.count == LANES ? load<F>(step + at) : at_least(lanes.get(step + at), splat(1e-30f));
-                const F low = lanes.get(bottom + at), code = nearest(v / s, low, low + splat(levels));
+                const int64_t grid = group_of[first + j] * rows + strip * LANES;
+                F s = lanes.get(step + grid);
+                if (lanes.count < LANES) s = at_least(s, splat(1e-30f));
+                const F low = lanes.get(bottom + grid), code = nearest(v / s, low, low + splat(levels));
                 value[j] = v;
                 error[j] = v - code * s;
                 lanes.put(work + at, v);
@@ -131,30 +106,28 @@ void ql_mirror(float* matrix, int64_t size, void* pool) {
 void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t groups, int64_t size,
                     const float* moments, const float* scales, const float* zeros, float levels,
                     int64_t tries, float* losses, void* pool) {
-    constexpr int TOGETHER = 2;
     const int64_t strips = (rows + LANES - 1) / LANES;
     ((Pool*)pool)->run(groups * strips, 4, [&](int64_t begin, int64_t end, int) {
-        static thread_local Buffer value_room, lower_room, error_room[TOGETHER];
-        F *values = value_room.get<F>(size), *error[TOGETHER];
-        for (int i = 0; i < TOGETHER; i++) error[i] = error_room[i].get<F>(size);
-        float* lower = lower_room.get<float>(moments ? size * size : 1);
+        static thread_local Buffer value_room, error_room[TRIES];
+        F *values = value_room.get<F>(size), *error[TRIES];
+        for (int i = 0; i < TRIES; i++) error[i] = error_room[i].get<F>(size);
+        Quadratic quadratic((int)size);
+#if QL_LEVEL >= 4
+        configure_tiles();
+#endif
         for (int64_t strip = begin; strip < end; strip++) {
             const int64_t g = strip / strips, r = strip % strips * LANES;
-            if (moments && (strip == begin || r == 0)) {
-                std::memcpy(lower, moments + g * size * size, sizeof(float) * size * size);
-                for (int64_t i = 0; i < size; i++)
-                    for (int64_t j = 0; j < i; j++) lower[i * size + j] *= 2;
-            }
+            if (moments && (strip == begin || r == 0)) quadratic.take(moments + g * size * size);
             const Lanes lanes{(int)std::min<int64_t>(LANES, rows - r)};
             for (int64_t k = 0; k < size; k++) {
                 F v{};
                 for (int l = 0; l < lanes.count; l++) v[l] = weight[(r + l) * stride + g * size + k];
                 values[k] = v;
             }
-            for (int64_t t = 0; t < tries; t += TOGETHER) {
-                const F* of[TOGETHER];
-                int64_t at[TOGETHER];
-                for (int64_t i = 0; i < TOGETHER; i++) {
+            for (int64_t t = 0; t < tries; t += TRIES) {
+                const F* of[TRIES];
+                int64_t at[TRIES];
+                for (int64_t i = 0; i < TRIES; i++) {
                     at[i] = (std::min(t + i, tries - 1) * groups + g) * rows + r;
                     F s = lanes.get(scales + at[i]);
                     if (lanes.count < LANES) s = at_least(s, splat(1e-30f));
@@ -166,14 +139,17 @@ void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t g
                         error[i][k] = nearest(values[k] * inverse, low, high) * s - values[k];
                     of[i] = error[i];
                 }
-                F loss[TOGETHER] = {};
-                if (moments) quadratic<TOGETHER>(lower, (int)size, of, loss);
+                F loss[TRIES] = {};
+                if (moments) quadratic.run(of, loss);
                 else
-                    for (int i = 0; i < TOGETHER; i++)
+                    for (int i = 0; i < TRIES; i++)
                         for (int64_t k = 0; k < size; k++) loss[i] += of[i][k] * of[i][k];
-                for (int i = 0; i < TOGETHER; i++) lanes.put(losses + at[i], loss[i]);
+                for (int i = 0; i < TRIES; i++) lanes.put(losses + at[i], loss[i]);
             }
         }
+#if QL_LEVEL >= 4
+        _tile_release();
+#endif
     }, ASLEEP);
 }
 

@@ -108,7 +108,8 @@ def walk(one: Slice, bits: int, damping: float = DAMPING) -> Walk:
     for done in range(columns + 1):
         passing = upper.clone()
         passing[done:] = torch.diag(upper.diagonal())[done:]
-        codes, _, _, compensated = compensate(weight, order, passing, (scale, zero), bits, columns)
+        found = compensate(weight, order, passing, (scale, zero), bits, columns)
+        codes, compensated = found.codes, found.values()
         rounded = from_codes(codes, step, bottom)
         is_done = order < done
         values = torch.where(is_done, rounded, compensated)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration import ActStats, StatKind
-from quantlab.compensation import compensate, in_order, inverse_factor
+from quantlab.compensation import compensate, inverse_factor
 from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import all_finite, find_grid, refit_scales
 from quantlab.methods import base
@@ -164,7 +164,9 @@ def shared_inputs(stats: Mapping[str, ActStats]) -> list[list[str]]:
 
 def rearranged(matrix: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of a square matrix in this order."""
-    return in_order(in_order(matrix, order).t(), order).t()
+    if torch.equal(order, torch.arange(len(order))):
+        return matrix
+    return matrix.index_select(0, order).index_select(1, order)
 
 
 def gptq(
@@ -211,7 +213,7 @@ def gptq(
     rows = weight.shape[0]
     groups = -(-columns // group)
     scale, zero = grid(weight, 0) if config.static_groups else (torch.empty(rows, groups),) * 2
-    final, scale, zero, _ = compensate(
+    found = compensate(
         weight,
         order,
         upper,
@@ -221,7 +223,8 @@ def gptq(
         regrid=None if config.static_groups else grid,
         debt=debt,
     )
+    codes, scale, zero = found.codes, found.scale, found.zero
     if config.refit:
         damping = config.damp_percent
-        scale = refit_scales(weight, final, scale, zero, group, moment, damping=damping)
-    return final.to(torch.uint8), scale, zero
+        scale = refit_scales(weight, codes, scale, zero, group, moment, damping=damping)
+    return codes.to(torch.uint8), scale, zero

@@ -43,7 +43,7 @@ def compensated(
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
     upper = inverse_factor(moment[order][:, order], dead[order], damping)
     weight = weight.masked_fill(dead, 0.0)
-    *_, values = compensate(weight, order, upper, (scale, zero), bits, group_size)
+    values = compensate(weight, order, upper, (scale, zero), bits, group_size).values()
     steps, zeros = spread(scale, group_size, columns), spread(zero, group_size, columns)
     low, high = (-zeros - 0.45) * steps, (2**bits - 1 - zeros + 0.45) * steps
     return values.clamp(low, high)

@@ -19,13 +19,18 @@ void ql_pack(const uint8_t*, int rows, int columns, int bits, uint8_t*, void* po
 void ql_unpack(const uint8_t*, int rows, int columns, int bits, uint8_t*, void* pool);
 void ql_pack_bf16(const uint16_t*, int rows, int columns, uint16_t*, void* pool);
 void ql_linear(const Matrix*, const float* x, int64_t rows, float* y, const How*, const float* bias, void*);
-void ql_compensate(float*, const float*, const float*, float, float*, float*, const float*, const float*,
-                   int64_t rows, int64_t columns, int64_t first, int64_t last, void* pool);
+void ql_compensate(float*, const float*, const float*, const int64_t*, float, float*, float*, const float*,
+                   const float*, int64_t rows, int64_t columns, int64_t first, int64_t last, void* pool);
+void ql_turn(const float*, const int64_t*, int64_t rows, int64_t columns, float*, void* pool);
+void ql_turn_back(const float*, const int64_t*, const float*, const int64_t*, int64_t rows, int64_t columns,
+                  float*, void* pool);
 void ql_grid_losses(const float*, int64_t rows, int64_t stride, int64_t groups, int64_t size, const float*,
                     const float*, const float*, float, int64_t tries, float*, void* pool);
 void ql_scaled_error(const float*, const float*, int64_t rows, int64_t columns, int64_t size, int64_t levels,
                      int64_t symmetric, float*, void* pool);
 #if QL_LEVEL >= 4
+void ql_group_products(const float*, const float*, const float*, const float*, int64_t rows, int64_t columns,
+                       int64_t size, float*, float*, void* pool);
 void ql_add_moment(float*, const uint16_t*, const uint16_t*, int64_t tokens, int64_t columns, int64_t, void*);
 #endif
 void ql_compare_logits(const float*, const float*, const int64_t*, int64_t rows, int64_t count, double*,
@@ -166,9 +171,29 @@ void solving(void* pool) {
             Exact<float> work = numbers(all), step(all), codes(all), errors(all), scale(columns), out(all);
             for (int64_t i = 0; i < all; i++) step[i] = 0.1f;
             for (int64_t i = 0; i < columns; i++) scale[i] = 0.5f + (float)i;
-            ql_compensate(work.get(), step.get(), bottom.get(), 7, codes.get(), errors.get(), pull.get(),
+            Exact<int64_t> own(columns), places(columns);
+            for (int c = 0; c < columns; c++) {
+                own[c] = c;
+                places[c] = columns - 1 - c;
+            }
+            ql_compensate(work.get(), step.get(), bottom.get(), own.get(), 7, codes.get(), errors.get(), pull.get(),
                           whole(2) ? pull.get() : nullptr, rows, columns, columns / 3, columns, pool);
             finite(errors.get(), all);
+            ql_turn(work.get(), places.get(), rows, columns, out.get(), pool);
+            ql_turn_back(out.get(), places.get(), whole(2) ? step.get() : nullptr, own.get(), rows, columns,
+                         errors.get(), pool);
+            finite(errors.get(), all);
+#if QL_LEVEL >= 4
+            for (int size : {1, 20, 32, 1000}) {
+                const int64_t groups = (columns + size - 1) / size;
+                const Exact<float> zeros(rows * groups);
+                Exact<float> system(rows * groups * groups), right(rows * groups);
+                ql_group_products(work.get(), codes.get(), zeros.get(), pull.get(), rows, columns, size,
+                                  system.get(), right.get(), pool);
+                finite(system.get(), system.count);
+                finite(right.get(), right.count);
+            }
+#endif
             ql_scaled_error(work.get(), scale.get(), rows, columns, 20, 15, whole(2), out.get(), pool);
             finite(out.get(), all);
             const int tries = 3;
@@ -203,7 +228,7 @@ void sampling(void* pool) {
 
 void moments(void* pool) {
 #if QL_LEVEL >= 4
-    for (int tokens : {1, 31, 40})
+    for (int tokens : {1, 31, 40, 600})
         for (int columns : {1, 16, 33, 300}) {
             const Exact<uint16_t> x((int64_t)tokens * columns);
             Exact<float> total((int64_t)columns * columns);

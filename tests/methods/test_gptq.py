@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantlab.calibration import ActStats
-from quantlab.compensation import LAZY_BLOCK, inverse_factor
+from quantlab.compensation import LAZY_BLOCK, inverse_cholesky, inverse_factor
 from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import find_grid, from_codes, spread, to_codes
 from quantlab.methods import METHODS
@@ -322,6 +322,28 @@ def test_the_factor_is_that_of_the_damped_inverse() -> None:
     torch.testing.assert_close(
         upper.double().T @ upper.double() @ damped, torch.eye(40).double(), rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 192])
+@pytest.mark.parametrize("columns", [1, 2, 40, 61])
+def test_the_inverse_factor_by_halves(
+    columns: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is cut up: L^-1 A L^-T = 1, against float64, to the condition of A's factor."""
+    monkeypatch.setattr("quantlab.compensation.FACTORED_AT_ONCE", at_once)
+    matrix = moment_of(correlated(300, columns, seed=7)) + 0.1 * torch.eye(columns)
+    inverse = inverse_cholesky(matrix)
+    assert inverse is not None
+    assert torch.equal(inverse, inverse.tril())
+    wanted = torch.linalg.inv(torch.linalg.cholesky(matrix.double()))
+    condition = float(torch.linalg.cond(matrix.double()))
+    bound = 4 * columns * 2.0**-24 * condition * float(wanted.abs().max())
+    assert float((inverse.double() - wanted).abs().max()) <= bound
+    # Not positive definite, wherever that shows: in the first half or only behind it.
+    for place in {0, columns - 1}:
+        broken = matrix.clone()
+        broken[place, place] = -1.0
+        assert inverse_cholesky(broken) is None
 
 
 def test_damping_grows_until_the_inverse_exists() -> None:
