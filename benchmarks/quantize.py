@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.contest import CONTESTS, Contest, Setting, Side, run_peer, run_quantlab, share_of
+from kernels import native
+from kernels.build import BuildError
 from quantlab.models import load
 from quantlab.pipeline import environment
 from quantlab.texts import calibration_ids, tokenize
@@ -80,6 +83,8 @@ def arguments() -> argparse.Namespace:
 def prepare(given: argparse.Namespace, folder: Path) -> Setting:
     """Model, calibration tokens and evaluation windows, the same for both sides."""
     torch.set_num_threads(given.threads)
+    with suppress(BuildError):  # Nobody compiles while the clock runs; the peers come compiled.
+        native.native()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     evaluation, calibration = "project", "project"
