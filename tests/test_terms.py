@@ -7,7 +7,6 @@ title of every axis and every entry of a legend in every figure.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import re
@@ -42,6 +41,7 @@ from quantlab.ui.inspection_views import MEASURES
 from quantlab.ui.lessons import LESSONS
 from quantlab.ui.lessons.base import Scene
 from quantlab.votes import Tally
+from tests.pages import built
 from tests.records import failed, record
 
 LANGUAGES = sorted(translations())
@@ -317,10 +317,7 @@ def test_every_axis_and_legend_is_explained(
 
 @pytest.fixture(scope="module")
 def demo() -> gr.Blocks:
-    async def built() -> gr.Blocks:  # Outside of a loop Gradio makes one that nobody closes.
-        return page.build()
-
-    return asyncio.run(built())
+    return built(page.build)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
