@@ -22,7 +22,7 @@ from quantlab.plots import numbers
 from quantlab.store import Store
 from quantlab.texts import ASSETS
 from quantlab.types import RunSpec, VariantSpec
-from tests.browser.conftest import ROOT, App, Tab
+from tests.browser.conftest import PATIENCE, ROOT, App, Tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("inspect")]
 
@@ -81,7 +81,7 @@ def number(text: str) -> float:
 
 def shows(fact: Locator, value: float, rel: float = 6e-3) -> None:
     """Wait until the fact shows this value."""
-    for _ in range(100):
+    for _ in range(PATIENCE // 100):
         text = fact.text_content() or "" if fact.count() else ""
         if re.fullmatch(r"[-\d.,e+]+[%×]?", text) and number(text) == pytest.approx(value, rel=rel):
             return

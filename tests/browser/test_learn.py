@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Locator, expect
 from quantlab.learn import material, quiz, records
 from quantlab.learn.material import Slice
 from quantlab.ui.lessons import LESSONS
-from tests.browser.conftest import ROOT, App, Tab
+from tests.browser.conftest import PATIENCE, ROOT, App, Tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("learn")]
 
@@ -101,7 +101,7 @@ def number(text: str) -> float:
 
 def shows(fact: Locator, value: float, rel: float = 6e-3) -> None:
     """Wait until the fact shows this value."""
-    for _ in range(60):
+    for _ in range(PATIENCE // 100):
         text = fact.text_content() or ""
         if re.fullmatch(r"[-\d.,e+]+[%×]?", text) and number(text) == pytest.approx(value, rel=rel):
             return
@@ -409,17 +409,18 @@ def test_quiz(page: Page) -> None:
     picture = page.lesson("quiz")
     rows = picture.locator("li[data-variant]")
 
-    def order() -> list[str]:
-        # In one go: the list is painted anew after every move.
-        found: list[str] = rows.evaluate_all("(rows) => rows.map((row) => row.dataset.variant)")
-        return found
-
     wanted = [r.variant for r in quiz.ranking(measured)]
+
+    def order() -> list[str]:
+        # In one go, and whole: the list is painted anew after every move.
+        expect(rows).to_have_count(len(wanted))
+        found: list[str] = rows.evaluate_all("(rows) => rows.map((row) => row.dataset.variant)")
+        return found if len(found) == len(wanted) else order()
+
     for place, name in enumerate(wanted):
         while (at := order().index(name)) > place:
             rows.nth(at).locator('[data-act^="up:"]').click()
             expect(rows.nth(at - 1)).to_have_attribute("data-variant", name)
-            expect(rows).to_have_count(len(wanted))
     assert order() == wanted
     page.lesson("quiz", 2)
     pairs = len(wanted) * (len(wanted) - 1) // 2

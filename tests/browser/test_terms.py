@@ -3,27 +3,38 @@ on hover and on keyboard focus. That there is one for every term is a test witho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, Locator, expect
 
 from quantlab.plots.words import words
-from tests.browser.conftest import App, Tab
+from tests.browser.conftest import PATIENCE, App, Tab, start_app
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("terms")]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """An app on an empty home: it shows the precomputed comparison, which has every figure."""
+    folder = tmp_path_factory.mktemp("terms")
+    running = start_app(folder / "home", folder / "app.log")
+    yield running
+    running.stop()
 
 
 @pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("ja-JP", "ja")])
-def test_terms_explain_themselves(chromium: Browser, app: App, locale: str, language: str) -> None:
+def test_terms_explain_themselves(
+    chromium: Browser, fresh: App, locale: str, language: str
+) -> None:
     say = words(language)
     context = chromium.new_context(viewport={"width": 1440, "height": 1000}, locale=locale)
-    tab = Tab(context.new_page(), app).open()
+    tab = Tab(context.new_page(), fresh).open()
     tip = tab.find("#ql-tip")
 
     def told(reach: Callable[[], None], key: str) -> None:
         """Reached by hand until it is explained: while the page arrives it may move away."""
-        for _ in range(40):
+        for _ in range(PATIENCE // 250):
             tab.page.mouse.move(2, 2)
             reach()
             if tip.is_visible() and tip.inner_text() == say(key):
