@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
+import sys
 import threading
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from typing import Any
@@ -20,6 +22,21 @@ MIDDLE, BYTE, OFFSET = range(3)
 """Where zero-points come from; `cpu/matrix.h`."""
 
 LANES, COLUMN_PAD = 16, 64
+
+
+HUGE_PAGE = 2**21
+
+
+def own_pages(size: int) -> Tensor:
+    """Memory for packed weights, uint8 [size]. From 2 MB on it is the system's own, not the heap's:
+    what is packed there asks for large pages (`cpu/memory.h`), of which the heap would keep parts,
+    and every byte that came to lie in one would fill 2 MB."""
+    if size < HUGE_PAGE or not sys.platform.startswith("linux"):
+        return torch.empty(size, dtype=torch.uint8)
+    taken = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = torch.frombuffer(taken, dtype=torch.uint8)
+    first = -pages.data_ptr() % HUGE_PAGE
+    return pages[first : first + size]
 
 
 class MatrixRecord(Structure):
@@ -174,9 +191,8 @@ class Matrix:
         """bfloat16 weights as they are; weight: any float [rows, columns]."""
         rows, columns = weight.shape
         source = weight.detach().to(torch.bfloat16).contiguous()
-        codes = torch.empty(
-            -(-rows // LANES) * LANES, padded_columns(columns), dtype=torch.bfloat16
-        )
+        padded = -(-rows // LANES) * LANES, padded_columns(columns)
+        codes = own_pages(2 * padded[0] * padded[1]).view(torch.bfloat16).view(padded)
         native()("ql_pack_bf16", source, rows, columns, codes)
         return cls(rows, columns, 16, {"codes": codes})
 
@@ -186,7 +202,7 @@ class Matrix:
     ) -> Matrix:
         rows, columns = codes.shape
         blocks = -(-rows // LANES)
-        planes = torch.empty(blocks, padded_columns(columns) // 8 * bits * LANES, dtype=torch.uint8)
+        planes = own_pages(blocks * padded_columns(columns) // 8 * bits * LANES).view(blocks, -1)
         native()("ql_pack", codes.contiguous(), rows, columns, bits, planes)
         scales = scales.float().expand(rows, -1)
         half = scales.half()

@@ -96,20 +96,34 @@ def compensate(
     native.native()("ql_compensate", work, *grids, whole, errors, pull, debt, *sizes)
 
 
-def grid_losses(
-    weight: Tensor, moments: Tensor | None, scale: Tensor, zero: Tensor, levels: int
-) -> Tensor:
-    """e M_g e^T of every try: float32 [tries, groups, rows], e = q(w) - w on that try's grid.
+DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Last bits of float32 that a type of steps lacks."""
 
-    weight: [rows, groups, size]; moments: [groups, size, size], None for M = 1; scale, zero:
-    [tries, groups, rows]. Ask `ready` first.
+
+def best_grids(
+    weight: Tensor,
+    moments: Tensor | None,
+    fractions: Tensor,
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero), float32 [rows, groups]: of the grids that span a group's range times one of
+    the fractions, that with the least e M_g e^T, e = q(w) - w; of equals the first.
+
+    weight: [rows, groups, size]; moments: [groups, size, size], None for M = 1; fractions: [tries];
+    dtype, to which steps are rounded: a key of `DROPPED`. Ask `ready` first.
     """
     rows, groups, size = weight.shape
-    losses = torch.empty_like(scale)
-    sizes = map(c_int64, (rows, groups * size, groups, size))
-    tries = (c_float(levels), c_int64(len(scale)))
-    native.native()("ql_grid_losses", weight, *sizes, moments, scale, zero, *tries, losses)
-    return losses
+    scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
+    limits = torch.finfo(dtype)
+    native.native()(
+        "ql_best_grids",
+        *(weight, *map(c_int64, (rows, groups * size, groups, size)), moments),
+        *(fractions, c_int64(len(fractions)), c_float(2**bits - 1), c_int64(symmetric)),
+        *(c_int64(DROPPED[dtype]), c_float(limits.tiny), c_float(limits.max), scale, zero),
+    )
+    return scale, zero
 
 
 def group_products(

@@ -83,11 +83,12 @@ def quantize_blocks(
 
 
 def temporaries(model: LoadedModel) -> int:
-    """Bytes of the largest tensors that come and go by the dozen: float32 weights, also of two
-    linears together. Second moments of a wide input are larger, and few."""
+    """Bytes of the largest tensors that come and go by the dozen and are worth keeping: float32
+    weights, also of two linears together, up to 8 MB. Larger ones belong to linears that take so
+    long that clearing their pages is nothing beside it, and their holes would be as large."""
     block = get_block(model.module, model.family, 0)
     largest = max((linear.weight.numel() for linear in block.linears.values()), default=0)
-    return min(max(9 * largest, 2**22), 2**30)
+    return min(max(9 * largest, 2**22), 2**23)
 
 
 def quantize_in_lockstep(
@@ -111,6 +112,7 @@ def quantize_in_lockstep(
         packed.update(weights)
 
     advance_in_lockstep(runner, block, method.needs_for(config), solve)
+    hand_back()  # What solving left would lie under all that writes the block.
     return {path: packed[path] for path in block.linears}
 
 

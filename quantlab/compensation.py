@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels import native_solve
 from quantlab.errors import MethodError
 from quantlab.grid import all_finite
+from quantlab.heap import hand_back_after
 
 LAZY_BLOCK = 128
 """Columns whose errors are gathered before they reach the columns after them, in one product."""
@@ -69,9 +70,10 @@ def compensate(
     scale, zero = (grid.clone() for grid in grids)
     places = torch.argsort(order)
     # Errors are passed on as they are, not divided by U_jj: that is done to U's rows, once.
-    pull = upper / upper.diagonal()[:, None]
     if regrid is None and native_solve.ready(weight, scale):
-        return _natively(weight, places, order // group, pull, debt, (scale, zero), bits)
+        turned = (upper / upper.diagonal()[:, None]).t().contiguous()
+        return _natively(weight, places, order // group, turned, debt, (scale, zero), bits)
+    pull = upper / upper.diagonal()[:, None]
     work = in_order(weight.t(), order).clone(memory_format=torch.contiguous_format)
     step, bottom = scale.t()[order // group], -zero.t()[order // group]
     top = bottom + (2**bits - 1)
@@ -116,19 +118,20 @@ def _natively(
     grids: tuple[Tensor, Tensor],
     bits: int,
 ) -> Compensated:
-    """`compensate` with the columns of a lazy block rounded by the native kernels."""
+    """`compensate` with the columns of a lazy block rounded by the native kernels, which read pull
+    and debt transposed; pull comes so."""
     columns = weight.shape[1]
     work = native_solve.turn(weight.contiguous(), places)
     step, bottom = grids[0].t().contiguous(), -grids[1].t().contiguous()
     whole, errors = torch.empty_like(work), torch.empty_like(work)
-    turned = [None if t is None else t.t().contiguous() for t in (pull, debt)]
-    assert turned[0] is not None
+    debt = None if debt is None else debt.t().contiguous()
+    upright = pull.t(), None if debt is None else debt.t()
     for start in range(0, columns, LAZY_BLOCK):
         done = slice(start, min(start + LAZY_BLOCK, columns))
         native_solve.compensate(
-            *(work, step, bottom, group_of, 2**bits - 1, whole, errors, *turned, done)
+            *(work, step, bottom, group_of, 2**bits - 1, whole, errors, pull, debt, done)
         )
-        pass_on(work, pull, errors, debt, done, slice(done.stop, columns))
+        pass_on(work, upright[0], errors, upright[1], done, slice(done.stop, columns))
     codes = native_solve.turn_back(whole, places, (bottom, group_of))
     return Compensated(codes, *grids, work, places)
 
@@ -156,7 +159,8 @@ def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool 
     grows tenfold while the factorization fails in float32. Raises: MethodError when it never
     succeeds.
     """
-    moment = moment.clone()
+    # From the last channel to the first, H = R R^T with R upper triangular; U is its inverse.
+    moment, dead = moment.flip(0, 1), dead.flip(0)
     diagonal = moment.diagonal()
     diagonal[dead] = 1.0
     # Channels that never fire get weight 1 so that they decouple without upsetting the mean.
@@ -164,9 +168,9 @@ def inverse_factor(moment: Tensor, dead: Tensor, damp_percent: float, own: bool 
     damping = damp_percent * (diagonal.clone() if own else mean)
     diagonal += damping
     for _ in range(4):
-        # From the last channel to the first, H = R R^T with R upper triangular; U is its inverse.
-        inverse = inverse_cholesky(moment.flip(0, 1))
+        inverse = inverse_cholesky(moment)
         if inverse is not None and all_finite(inverse):
+            hand_back_after(len(inverse))
             return inverse.flip(0, 1)
         diagonal += 9 * damping
         damping = damping * 10

@@ -128,18 +128,11 @@ def _clipped(
     Rows come last here, so that a group's scale lies along them and every operation runs over
     contiguous memory.
     """
-    rows, groups, size = values.shape
-    scale, zero = values.new_empty(groups, rows), values.new_empty(groups, rows)
     if native_solve.ready(values, blocks):
         matrix = None if blocks is None else blocks.contiguous()
-        for r in range(0, rows, PART_ROWS):
-            part = values[r : r + PART_ROWS].contiguous()
-            lows, highs = part.amin(2).t(), part.amax(2).t()
-            tries = _tries(lows, highs, bits, symmetric, dtype)
-            losses = native_solve.grid_losses(part, matrix, *tries, 2**bits - 1)
-            s, z = _best(*tries, losses)
-            scale[:, r : r + PART_ROWS], zero[:, r : r + PART_ROWS] = s, z
-        return scale.t().contiguous(), zero.t().contiguous()
+        return native_solve.best_grids(values.contiguous(), matrix, SHRINK, bits, symmetric, dtype)
+    rows, groups, size = values.shape
+    scale, zero = values.new_empty(groups, rows), values.new_empty(groups, rows)
     high = max(min(rows, PART_ROWS, CACHED // size), 1)
     count = max(CACHED // (size * high), 1)
     for g in range(0, groups, count):

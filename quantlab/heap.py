@@ -50,6 +50,17 @@ def hand_back() -> None:
         libc.malloc_trim(0)
 
 
+MANY = 2048
+"""Columns from which a linear's matrices leave enough behind, in pieces that nothing else fits, for
+milliseconds to be well spent on handing it back; solving takes a hundred times as long there."""
+
+
+def hand_back_after(columns: int) -> None:
+    """`hand_back` between two steps of solving a linear of so many columns, where it has many."""
+    if columns >= MANY:
+        hand_back()
+
+
 def _set(libc: ctypes.CDLL, values: dict[int, int]) -> None:
     for parameter, value in values.items():
         libc.mallopt(parameter, value)  # A value that this release refuses changes nothing.

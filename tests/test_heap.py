@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,37 @@ def check_in_a_fresh_process() -> None:
         resident_after_freeing()
         heap.hand_back()
         assert psutil.Process().memory_info().rss - before < 0.1 * SIZE
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_packing_leaves_no_large_pages_in_the_heap() -> None:
+    """A byte of the heap in a large page fills 2 MB: memory would grow with chance."""
+    code = "from tests.test_heap import check_pages_in_a_fresh_process as check; check()"
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)
+
+
+def check_pages_in_a_fresh_process() -> None:
+    import torch
+
+    from kernels import build, native
+
+    def large() -> list[str]:
+        """The parts of the heap that ask for large pages (`hg`, proc(5))."""
+        parts = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+        flags = [(part, part.split("VmFlags:")[1].split()) for part in parts if "[heap]" in part]
+        return [part for part, found in flags if "hg" in found]
+
+    with heap.kept_memory():
+        try:
+            matrix = native.Matrix.plain(torch.ones(2048, 2048))
+            codes = torch.ones(4096, 2048, dtype=torch.uint8)
+            packed = native.Matrix.affine(codes, torch.ones(4096, 1), torch.ones(4096, 1), 8, 2048)
+            packed.linear(torch.ones(64, 2048), native.How(native.EXACT))
+        except build.BuildError:
+            return  # No kernels, no packing.
+        assert matrix.tensors["codes"].data_ptr() % native.HUGE_PAGE == 0
+        assert large() == []
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <new>
 
 #if defined(__linux__)
@@ -27,31 +26,66 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-struct Free {
-    std::align_val_t alignment;
-    void operator()(char* data) const { ::operator delete(data, alignment); }
-};
+// Memory of a block of 2 MB or more is the system's own, so that no other piece of the heap comes to lie
+// in large pages: a byte that is written there would fill a whole one.
+inline char* take_pages(int64_t bytes) {
+#if defined(__linux__)
+    void* pages = mmap(nullptr, (size_t)(bytes + HUGE_PAGE), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) throw std::bad_alloc();
+    char* first = (char*)(((uintptr_t)pages + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    const int64_t before = first - (char*)pages, after = HUGE_PAGE - before;
+    const int64_t whole = (bytes + 4095) / 4096 * 4096;
+    if (before) munmap(pages, (size_t)before);
+    if (after + bytes > whole) munmap(first + whole, (size_t)(bytes + after - whole));
+    madvise(first, (size_t)whole, MADV_HUGEPAGE);
+    return first;
+#else
+    char* first = (char*)::operator new((size_t)bytes, std::align_val_t{HUGE_PAGE});
+    std::memset(first, 0, (size_t)bytes);
+    return first;
+#endif
+}
 
 // Memory that grows and is kept; 64-byte aligned, zero when it is new. What was in it is lost when it
 // grows.
 class Buffer {
   public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { release(); }
+
     template <class T>
     T* get(int64_t count) {
         const int64_t bytes = count * (int64_t)sizeof(T);
         if (bytes > size_ || !data_) {
-            const std::align_val_t alignment{bytes < HUGE_PAGE ? (size_t)64 : (size_t)HUGE_PAGE};
-            data_.reset();
-            data_ = {(char*)::operator new((size_t)bytes, alignment), Free{alignment}};
-            prefer_huge_pages(data_.get(), bytes);
-            std::memset(data_.get(), 0, (size_t)bytes);
+            release();
+            if (bytes < HUGE_PAGE) {
+                data_ = (char*)::operator new((size_t)bytes, std::align_val_t{64});
+                std::memset(data_, 0, (size_t)bytes);
+            } else {
+                data_ = take_pages(bytes);
+            }
             size_ = bytes;
         }
-        return (T*)data_.get();
+        return (T*)data_;
     }
 
   private:
-    std::unique_ptr<char, Free> data_{nullptr, Free{std::align_val_t{64}}};
+    void release() {
+        if (!data_) return;
+        if (size_ < HUGE_PAGE) ::operator delete(data_, std::align_val_t{64});
+#if defined(__linux__)
+        else munmap(data_, (size_t)((size_ + 4095) / 4096 * 4096));
+#else
+        else ::operator delete(data_, std::align_val_t{HUGE_PAGE});
+#endif
+        data_ = nullptr;
+        size_ = 0;
+    }
+
+    char* data_ = nullptr;
     int64_t size_ = 0;
 };
 

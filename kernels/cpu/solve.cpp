@@ -45,6 +45,35 @@ inline F dot(const float* row, const F* v, int count) {
     return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
+// How steps are stored: float32 without its last `dropped` bits, from `tiny` to `most`.
+struct Stored {
+    int dropped;
+    float tiny, most;
+    F round(F v) const {
+        if (!dropped) return v;
+        const I bits = (I)at_least(v, splat(tiny)), half = I{} + ((1 << (dropped - 1)) - 1);
+        const F even = (F)((bits + half + (bits >> dropped & 1)) & ~((1 << dropped) - 1));
+        return even > splat(most) ? splat(INFINITY) : even;
+    }
+};
+
+struct Step {
+    F size, zero;
+};
+
+// The grid that spans low to high, and 0 with them unless it is `symmetric`.
+inline Step step_of(F low, F high, float levels, bool symmetric, const Stored& stored) {
+    const F smallest = splat(1e-12f);
+    if (symmetric) {
+        const float half = (levels + 1) / 2;
+        const F size = at_least(at_least(high, -low) / splat(std::max(half - 1, 1.f)), smallest);
+        return {stored.round(size), splat(half)};
+    }
+    low = at_most(low, F{});
+    const F size = at_least((at_least(high, F{}) - low) / splat(levels), smallest);
+    return {stored.round(size), at_most(at_least(round_even(-low / size), F{}), splat(levels))};
+}
+
 }  // namespace
 
 }  // namespace ql
@@ -100,13 +129,17 @@ void ql_mirror(float* matrix, int64_t size, void* pool) {
     }, ASLEEP);
 }
 
-// losses[t][g][r] = e M_g e^T with e = clamp(round(w / s), -z, levels - z) s - w for every try t, group
-// g and row r. weight [rows][stride], its groups of `size` columns from the first on; moments
-// [groups][size][size] or null (M = 1); scales, zeros, losses [tries][groups][rows].
-void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t groups, int64_t size,
-                    const float* moments, const float* scales, const float* zeros, float levels,
-                    int64_t tries, float* losses, void* pool) {
+// The grid of every group of every row, of those that span its range times a fraction, with the least
+// e M_g e^T, e = clamp(round(w / s), -z, levels - z) s - w; of equals the first, and none that is not a
+// number. weight [rows][stride], its groups of `size` columns from the first on; moments
+// [groups][size][size] or null (M = 1). Steps are rounded to float32 without its last `dropped` bits (13:
+// float16, 16: bfloat16), from `tiny` to `most`. scales, zeros [rows][groups].
+void ql_best_grids(const float* weight, int64_t rows, int64_t stride, int64_t groups, int64_t size,
+                   const float* moments, const float* fractions, int64_t tries, float levels,
+                   int64_t symmetric, int64_t dropped, float tiny, float most, float* scales, float* zeros,
+                   void* pool) {
     const int64_t strips = (rows + LANES - 1) / LANES;
+    const Stored stored{(int)dropped, tiny, most};
     ((Pool*)pool)->run(groups * strips, 4, [&](int64_t begin, int64_t end, int) {
         static thread_local Buffer value_room, error_room[TRIES];
         F *values = value_room.get<F>(size), *error[TRIES];
@@ -118,25 +151,29 @@ void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t g
         for (int64_t strip = begin; strip < end; strip++) {
             const int64_t g = strip / strips, r = strip % strips * LANES;
             if (moments && (strip == begin || r == 0)) quadratic.take(moments + g * size * size);
-            const Lanes lanes{(int)std::min<int64_t>(LANES, rows - r)};
+            const int there = (int)std::min<int64_t>(LANES, rows - r);
+            F low = splat(INFINITY), high = -low;
             for (int64_t k = 0; k < size; k++) {
                 F v{};
-                for (int l = 0; l < lanes.count; l++) v[l] = weight[(r + l) * stride + g * size + k];
+                for (int l = 0; l < there; l++) v[l] = weight[(r + l) * stride + g * size + k];
                 values[k] = v;
+                low = at_most(v, low);
+                high = at_least(v, high);
             }
+            Step best{};
+            F least = splat(INFINITY);
             for (int64_t t = 0; t < tries; t += TRIES) {
                 const F* of[TRIES];
-                int64_t at[TRIES];
+                Step step[TRIES];
                 for (int64_t i = 0; i < TRIES; i++) {
-                    at[i] = (std::min(t + i, tries - 1) * groups + g) * rows + r;
-                    F s = lanes.get(scales + at[i]);
-                    if (lanes.count < LANES) s = at_least(s, splat(1e-30f));
+                    const F fraction = splat(fractions[std::min(t + i, tries - 1)]);
+                    step[i] = step_of(low * fraction, high * fraction, levels, symmetric, stored);
                     // A product in the place of a quotient: a tie may fall to the other side,
                     // at the same error.
-                    const F low = -lanes.get(zeros + at[i]), high = low + splat(levels);
-                    const F inverse = splat(1.f) / s;
+                    const F bottom = -step[i].zero, top = bottom + splat(levels);
+                    const F inverse = splat(1.f) / step[i].size;
                     for (int64_t k = 0; k < size; k++)
-                        error[i][k] = nearest(values[k] * inverse, low, high) * s - values[k];
+                        error[i][k] = nearest(values[k] * inverse, bottom, top) * step[i].size - values[k];
                     of[i] = error[i];
                 }
                 F loss[TRIES] = {};
@@ -144,7 +181,17 @@ void ql_grid_losses(const float* weight, int64_t rows, int64_t stride, int64_t g
                 else
                     for (int i = 0; i < TRIES; i++)
                         for (int64_t k = 0; k < size; k++) loss[i] += of[i][k] * of[i][k];
-                for (int i = 0; i < TRIES; i++) lanes.put(losses + at[i], loss[i]);
+                if (t == 0) best = step[0];
+                for (int i = 0; i < TRIES; i++) {
+                    const auto less = loss[i] < least;
+                    least = less ? loss[i] : least;
+                    best.size = less ? step[i].size : best.size;
+                    best.zero = less ? step[i].zero : best.zero;
+                }
+            }
+            for (int l = 0; l < there; l++) {
+                scales[(r + l) * groups + g] = best.size[l];
+                zeros[(r + l) * groups + g] = best.zero[l];
             }
         }
 #if QL_LEVEL >= 4

@@ -33,6 +33,7 @@ from quantlab.calibration import ActStats, StatKind
 from quantlab.compensation import compensate, inverse_factor
 from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import all_finite, find_grid, refit_scales
+from quantlab.heap import hand_back_after
 from quantlab.methods import base
 from quantlab.models import Block
 from quantlab.packing import PackedWeight, affine
@@ -224,7 +225,10 @@ def gptq(
         debt=debt,
     )
     codes, scale, zero = found.codes, found.scale, found.zero
+    del upper, debt, found  # As large as the moment; the refit has room for its own.
+    hand_back_after(columns)
     if config.refit:
         damping = config.damp_percent
         scale = refit_scales(weight, codes, scale, zero, group, moment, damping=damping)
+        hand_back_after(columns)
     return codes.to(torch.uint8), scale, zero

@@ -24,8 +24,9 @@ void ql_compensate(float*, const float*, const float*, const int64_t*, float, fl
 void ql_turn(const float*, const int64_t*, int64_t rows, int64_t columns, float*, void* pool);
 void ql_turn_back(const float*, const int64_t*, const float*, const int64_t*, int64_t rows, int64_t columns,
                   float*, void* pool);
-void ql_grid_losses(const float*, int64_t rows, int64_t stride, int64_t groups, int64_t size, const float*,
-                    const float*, const float*, float, int64_t tries, float*, void* pool);
+void ql_best_grids(const float*, int64_t rows, int64_t stride, int64_t groups, int64_t size, const float*,
+                   const float*, int64_t tries, float, int64_t symmetric, int64_t dropped, float, float,
+                   float*, float*, void* pool);
 void ql_scaled_error(const float*, const float*, int64_t rows, int64_t columns, int64_t size, int64_t levels,
                      int64_t symmetric, float*, void* pool);
 #if QL_LEVEL >= 4
@@ -197,11 +198,12 @@ void solving(void* pool) {
             ql_scaled_error(work.get(), scale.get(), rows, columns, 20, 15, whole(2), out.get(), pool);
             finite(out.get(), all);
             const int tries = 3;
-            Exact<float> grids((int64_t)tries * rows), losses((int64_t)tries * rows);
-            for (int64_t i = 0; i < grids.count; i++) grids[i] = 0.1f;
-            ql_grid_losses(work.get(), rows, columns, 1, columns, whole(2) ? pull.get() : nullptr, grids.get(),
-                           grids.get(), 15, tries, losses.get(), pool);
-            finite(losses.get(), losses.count);
+            Exact<float> fractions(tries), grids(rows), zeros(rows);
+            for (int i = 0; i < tries; i++) fractions[i] = 1 - 0.1f * i;
+            ql_best_grids(work.get(), rows, columns, 1, columns, whole(2) ? pull.get() : nullptr,
+                          fractions.get(), tries, 15, whole(2), 13, 6e-5f, 65504, grids.get(), zeros.get(), pool);
+            finite(grids.get(), grids.count);
+            finite(zeros.get(), zeros.count);
             Exact<int64_t> targets(rows);
             Exact<double> loss(rows), apart(rows);
             Exact<uint8_t> same(rows);

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import native, native_solve
 from kernels.native_compare import compare_logits
+from quantlab.grid import range_to_grid
 
 pytestmark = [pytest.mark.xdist_group("native"), pytest.mark.usefixtures("level")]
 
@@ -75,41 +76,71 @@ def test_columns_answer_for_those_before_them(
     assert bool(((errors[done] - left).abs() <= 2 * U * reach).all())
 
 
-@settings(deadline=None, max_examples=40)
+def losses(
+    weight: Tensor, moments: Tensor | None, scale: Tensor, zero: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """e M_g e^T of the grids [..., rows, groups] in float64, and how far float32 may be off."""
+    groups, size = weight.shape[1:]
+    w, s, z = weight.double(), scale.double()[..., None], zero.double()[..., None]
+    e = torch.clamp(torch.round(w / s), -z, 2**bits - 1 - z) * s - w
+    m = torch.eye(size).expand(groups, -1, -1).double() if moments is None else moments.double()
+    want = torch.einsum("...rgi,gij,...rgj->...rg", e, m, e)
+    # Each e is off by its own rounding; where w / s is a tie, by a sign, at the same square.
+    reach = w.abs() + (e + w).abs()
+    first_order = 2 * torch.einsum("...rgi,gij,...rgj->...rg", e.abs(), m.abs(), 3 * U * reach)
+    # On AMX tiles M and e have two bfloat16 parts: what is left of M is 2^-17, of e 2^-16 (its
+    # second part is cut off), and the product of both second parts is 2^-18.
+    amx = moments is not None and native.native().level.name == "amx"
+    parts = (size + 8) * U + (2.0**-15 if amx else 0.0)
+    return want, first_order + parts * torch.einsum(
+        "...rgi,gij,...rgj->...rg", e.abs(), m.abs(), e.abs()
+    )
+
+
+@settings(deadline=None, max_examples=60)
 @given(
     rows=some_rows,
     groups=st.integers(1, 4),
     size=st.integers(1, 70),
-    tries=st.integers(1, 5),
+    tries=st.integers(1, 6),
     bits=st.integers(2, 8),
     weighed=st.booleans(),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    magnitude=st.sampled_from([1e-9, 1e-5, 1.0, 1e3]),
     seed=seeds,
 )
-def test_losses_of_grids(
-    rows: int, groups: int, size: int, tries: int, bits: int, weighed: bool, seed: int
+def test_the_best_of_many_grids(
+    rows: int,
+    groups: int,
+    size: int,
+    tries: int,
+    bits: int,
+    weighed: bool,
+    symmetric: bool,
+    dtype: torch.dtype,
+    magnitude: float,
+    seed: int,
 ) -> None:
-    weight = noise(rows, groups, size, seed=seed)
+    weight = noise(rows, groups, size, seed=seed) * magnitude
     moments = second_moments(groups, size, seed) if weighed else None
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(tries, groups, rows, generator=generator) * 0.3 + 0.02
-    zero = torch.randint(0, 2**bits, scale.shape, generator=generator).float()
-    got = native_solve.grid_losses(weight, moments, scale, zero, 2**bits - 1)
-    w, s, z = weight.double().permute(1, 0, 2), scale.double()[..., None], zero.double()[..., None]
-    e = torch.clamp(torch.round(w / s), -z, 2**bits - 1 - z) * s - w
-    m = torch.eye(size).expand(groups, -1, -1).double() if moments is None else moments.double()
-    want = torch.einsum("tgri,gij,tgrj->tgr", e, m, e)
-    # Each e is off by its own rounding; where w / s is a tie, by a sign, at the same square.
-    reach = w.abs() + (e + w).abs()
-    first_order = 2 * torch.einsum("tgri,gij,tgrj->tgr", e.abs(), m.abs(), 3 * U * reach)
-    # On AMX tiles M and e have two bfloat16 parts: what is left of M is 2^-17, of e 2^-16 (its
-    # second part is cut off), and the product of both second parts is 2^-18.
-    parts = 2.0**-15 if weighed and native.native().level.name == "amx" else 0.0
-    bound = first_order + ((size + 8) * U + parts) * torch.einsum(
-        "tgri,gij,tgrj->tgr", e.abs(), m.abs(), e.abs()
-    )
-    ties = ((w / s - torch.floor(w / s) - 0.5).abs() < 1e-5).any(-1)
-    off = (got.double() - want).abs() > bound + 1e-30
-    assert not bool((off & ~ties).any())
+    fractions = torch.linspace(1.0, 0.4, tries)
+    scale, zero = native_solve.best_grids(weight, moments, fractions, bits, symmetric, dtype)
+    ranges = [
+        range_to_grid(f * weight.amin(-1), f * weight.amax(-1), bits, symmetric) for f in fractions
+    ]
+    steps = torch.stack([s for s, _ in ranges])
+    if dtype != torch.float32:
+        steps = steps.clamp_min(torch.finfo(dtype).tiny)
+    stored, zeros = steps.to(dtype).float(), torch.stack([z for _, z in ranges])
+    # One of the tries: its product and difference may have been rounded together.
+    close = (steps - scale).abs() <= (torch.finfo(dtype).eps + 4 * U) * steps
+    near = (zeros - zero).abs() <= 1
+    assert bool((close & near).any(0).all())
+    assert torch.equal(scale.to(dtype).float(), scale)
+    best, off = losses(weight, moments, stored, zeros, bits)
+    found, slack = losses(weight, moments, scale, zero, bits)
+    assert bool((found - slack <= (best + off).amin(0) * (1 + 1e-6) + 1e-30).all())
 
 
 @settings(deadline=None, max_examples=30)
