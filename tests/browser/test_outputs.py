@@ -104,6 +104,8 @@ def test_tokens_show_both_top_fives(chromium: Browser, app: App, finished: str) 
             expect(rows).to_have_text(wanted)
         shown = float(box.locator('[data-slot="kl"]').inner_text())
         assert shown == pytest.approx(reading["kl"][at], rel=5e-3)
+        for token in tab.find(".ql-reading .ql-here").all():  # Marked where it stands in its line.
+            assert token.evaluate("node => getComputedStyle(node).display") == "inline"
         keep(tab.page, f"outputs-tokens-{name}")
         # By keyboard, and with the pointer alone.
         tab.page.keyboard.press("ArrowLeft" if at else "ArrowRight")
