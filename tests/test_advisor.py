@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quantlab import advisor
+from quantlab import advisor, precomputed
 from quantlab.advisor import advice, devices, published
 from quantlab.advisor.advice import PREFERENCES, VARIANTS, activation_bytes, fit
 from quantlab.advisor.shapes import Matrix, ModelShape
@@ -323,6 +323,18 @@ def test_the_tables_set_measured_beside_published(language: str) -> None:
     alone = advisor_views.beside(Client(language), None)
     assert translations()[language]["advisor_nothing"] in alone
     assert "+10.0%" not in alone
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_before_any_run_the_precomputed_one_stands_beside(language: str) -> None:
+    """And says where it was measured."""
+    shipped = precomputed.run()
+    text = advisor_views.beside(Client(language), shipped)
+    kept = {one.variant: one for one in shipped.records}
+    change = kept["awq:4"].perplexity / kept["bf16"].perplexity - 1
+    assert f"{100 * change:+.1f}%" in text
+    assert "ql-badge-precomputed" in text
+    assert str(shipped.environment["date"])[:10] in text
 
 
 def test_every_advisor_text_is_in_both_languages_and_differs() -> None:

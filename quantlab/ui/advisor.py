@@ -131,7 +131,7 @@ def answered(client: Client, run_id: str, bandwidth: float | None, *values: Any)
 
 def _run(run_id: str) -> Run | None:
     try:
-        return services().store.run(run_id) if run_id else None
+        return services().run(run_id)
     except JobError:
         return None  # Deleted, here or in another tab.
 

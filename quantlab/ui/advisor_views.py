@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from markupsafe import Markup
+
 from quantlab.advisor import SHAPES, Advice, Row, advise, device
 from quantlab.advisor import published as others
 from quantlab.advisor.shapes import ModelShape
@@ -17,7 +19,7 @@ from quantlab.plots.words import Words
 from quantlab.runs import Run
 from quantlab.types import RunSpec
 from quantlab.ui.client import Client
-from quantlab.ui.views import FEATURES, model_name
+from quantlab.ui.views import FEATURES, model_name, shipped
 
 
 def answer(client: Client, advice: Advice, run: Run | None) -> str:
@@ -101,7 +103,8 @@ def _reasons(advice: Advice, run: Run | None, say: Words) -> list[str]:
                 facts.append(say("advisor_here_kl", kl=kl))
             if one.change is not None:
                 facts.append(say("advisor_here_change", change=_change(one.change)))
-            reasons.append(say("advisor_here", facts=", ".join(facts) or numbers.NOTHING))
+            key = "advisor_here_shipped" if run and run.shipped else "advisor_here"
+            reasons.append(say(key, facts=", ".join(facts) or numbers.NOTHING))
             break
     return reasons
 
@@ -139,6 +142,7 @@ def beside(client: Client, run: Run | None) -> str:
         client.language,
         measured=bool(found),
         run=_run(run.spec, say) if run else "",
+        shipped=Markup(shipped(client, run)) if run and run.shipped else "",
         precisions=[_precision(one, found) for one in others.PRECISIONS],
         published=[_published(one, found, run, say) for one in others.PUBLISHED],
         speeds=[_speed(variant, speed) for variant, speed in others.SPEEDS],
