@@ -101,15 +101,25 @@ def start_app(home: Path, log: Path) -> App:
     raise AssertionError(f"the app did not start:\n{log.read_text(errors='replace')}")
 
 
-@pytest.fixture(scope="session")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """One app for all browser tests of a process, with a home of its own."""
-    folder = tmp_path_factory.mktemp("app")
+def on_an_empty_home(folder: Path) -> Iterator[App]:
+    """For fixtures: an app that runs while it is used and ends without an error in its log."""
     running = start_app(folder / "home", folder / "app.log")
     yield running
     running.stop()
     errors = running.log.read_text(errors="replace")
     assert "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """One app for all browser tests of a process, with a home of its own."""
+    yield from on_an_empty_home(tmp_path_factory.mktemp("app"))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """An app that no other file's tests have used: it shows the precomputed comparison."""
+    yield from on_an_empty_home(tmp_path_factory.mktemp("fresh"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from quantlab.store import Store
 from quantlab.types import Generation, RunSpec, VariantSpec
 from quantlab.ui import advisor, inspection_api
 from quantlab.ui.lessons import api
-from tests.browser.conftest import ROOT, App, Tab, start_app
+from tests.browser.conftest import ROOT, App, Tab
 from tests.records import failed, record
 
 pytestmark = pytest.mark.browser
@@ -34,16 +33,6 @@ HOSTILE = (
     "<img src=x onerror=window.__pwned=1><script>window.__pwned=1</script>"
     "<a href='javascript:window.__pwned=1'>x</a>\"><svg onload=window.__pwned=1>"
 )
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """An app on an empty home."""
-    folder = tmp_path_factory.mktemp("fresh")
-    running = start_app(folder / "home", folder / "app.log")
-    yield running
-    running.stop()
-    assert "Traceback" not in running.log.read_text(errors="replace")
 
 
 def opened(chromium: Browser, app: App, width: int, language: str = "en-US", **look: Any) -> Tab:

@@ -3,24 +3,15 @@ on hover and on keyboard focus. That there is one for every term is a test witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import Browser, Locator, expect
 
 from quantlab.plots.words import words
-from tests.browser.conftest import PATIENCE, App, Tab, start_app
+from tests.browser.conftest import PATIENCE, App, Tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("terms")]
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    """An app on an empty home: it shows the precomputed comparison, which has every figure."""
-    folder = tmp_path_factory.mktemp("terms")
-    running = start_app(folder / "home", folder / "app.log")
-    yield running
-    running.stop()
 
 
 @pytest.mark.parametrize(("locale", "language"), [("en-US", "en"), ("ja-JP", "ja")])
