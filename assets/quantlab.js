@@ -21,9 +21,42 @@
       };
       loaded.quantlab = true;
       loaded.react = (element, data, layout, config) =>
-        react(element, data, layout, { ...config, modeBarButtonsToAdd: [svg] });
+        react(element, data, fitted(element, layout), { ...config, modeBarButtonsToAdd: [svg] });
     },
   });
+
+  // Plotly cuts a title off that is wider than its figure: on a narrow page it takes more lines, and
+  // the figure as much more height.
+  const ruler = document.createElement("canvas").getContext("2d");
+  function wrapped(text, size, family, width) {
+    ruler.font = `${size}px ${family}`;
+    const parts = text.match(/[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+|\s+/g) ?? [];
+    const found = [""];
+    for (const part of parts) {
+      if (ruler.measureText(found.at(-1) + part.trimEnd()).width <= width) found[found.length - 1] += part;
+      else found.push(part.trimStart());
+    }
+    return found.map((line) => line.trim()).filter(Boolean);
+  }
+  function fitted(element, layout) {
+    const width = element.clientWidth - 16;
+    const title = layout?.title;
+    if (width < 100 || !title?.text || !layout.height) return layout;
+    let more = 0;
+    const fit = (one) => {
+      if (!one?.text || one.text.includes("<")) return one;
+      const found = wrapped(one.text, one.font.size, layout.font.family, width);
+      more += 1.3 * one.font.size * (found.length - 1);
+      return { ...one, text: found.join("<br>") };
+    };
+    const own = fit(title);
+    // Plotly sets the last line of a title that has a subtitle where its only line would be.
+    const fits = { ...own, pad: { ...title.pad, t: (title.pad?.t ?? 0) + more } };
+    fits.subtitle = fit(title.subtitle);
+    if (!more) return layout;
+    const margin = { ...layout.margin, t: layout.margin.t + more };
+    return { ...layout, title: fits, margin, height: layout.height + more };
+  }
 
   const language = () => (document.documentElement.lang || "en").slice(0, 2);
   const dark = () => document.body.classList.contains("dark");

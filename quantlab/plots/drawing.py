@@ -55,7 +55,7 @@ def canvas(
             "x": 0,
             "xanchor": "left",
             "xref": "container",
-            "pad": {"l": 4},
+            "pad": {"l": 4, "t": 5},
             "y": 1,
             "yanchor": "top",
             "yref": "container",

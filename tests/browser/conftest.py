@@ -185,6 +185,17 @@ class Tab:
                 return
         expect(field).to_have_value(text)
 
+    def cut_titles(self) -> list[str]:
+        """Titles of figures in view that reach beyond their figure."""
+        cut: list[str] = self.page.evaluate(
+            """() => [...document.querySelectorAll(".gtitle, .gtitle-subtitle")].filter((one) => {
+                const box = one.getBoundingClientRect();
+                const around = one.closest(".js-plotly-plot").getBoundingClientRect();
+                return box.width && (box.right > around.right + 1 || box.top < around.top - 1);
+            }).map((one) => one.textContent)"""
+        )
+        return cut
+
     def number(self, elem_id: str, value: object) -> None:
         field = self.find(f"#{elem_id} input")
         field.fill(str(value))

@@ -339,6 +339,7 @@ def test_pictures_of_every_view(chromium: Browser, app: App, dark: bool, languag
             page.page.wait_for_timeout(700)
             right = page.page.evaluate("document.documentElement.scrollWidth")
             assert right <= width + 1, view
+            assert page.cut_titles() == []
             kind = f"{width}-{'dark' if dark else 'light'}"
             page.page.screenshot(path=SHOTS / f"{view}-{kind}.png", full_page=True)
     assert page.problems == []

@@ -493,6 +493,7 @@ def test_pictures_of_every_step(
             ".map((one) => one.getBoundingClientRect().right))"
         )
         assert right <= width + 1, (name, step)
+        assert page.cut_titles() == []
         kind = f"{width}-{'dark' if dark else 'light'}"
         page.page.screenshot(path=SHOTS / f"{page.id(name, step)}-{kind}.png", full_page=True)
     assert page.problems == []
