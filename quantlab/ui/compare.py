@@ -247,13 +247,15 @@ def _connect(tab: Compare, shared: Shared) -> None:
     places = [tab.messages[place] for place in form.PLACES]
     accordions = [tab.accordions[name] for name in ("texts", "prompts", "advanced")]
     refused = gr.State(actions.Refused())
-
-    gr.on(
-        [component.input for name, component in tab.inputs.items() if name != "variants"]
-        + [tab.inputs[name].change for name in ("variants", "calibration", "text")],
+    looking = (
         actions.look,
         [shared.client, refused, *inputs],
         [tab.estimate, tab.saved, *places, *accordions],
+    )
+    gr.on(
+        [component.input for name, component in tab.inputs.items() if name != "variants"]
+        + [tab.inputs[name].change for name in ("variants", "calibration", "text")],
+        *looking,
         trigger_mode="always_last",
         **BUSY,
     )
@@ -270,6 +272,8 @@ def _connect(tab: Compare, shared: Shared) -> None:
         **BUSY,
     )
     started.then(None, None, None, js="() => window.quantlab.reveal('results')")
+    # A look that was answered before Run can arrive after it, and would take its refusal away.
+    started.then(*looking, **BUSY)
     queue = tab.pieces["queue"]
     shared.repaint += [
         started,

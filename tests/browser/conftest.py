@@ -243,13 +243,26 @@ class Tab:
     def run(self) -> str:
         """Start the comparison and wait until it is in view; its run id."""
         before = self.page.url
-        self.find("#run").click()
+        self.press_run()
         self.page.wait_for_url(lambda url: url != before and "run=" in url)
         return self.run_id()
 
     def press_run(self) -> None:
-        """Press Run where no new run is to come into view."""
-        self.find("#run").click()
+        """Press Run where no new run is to come into view; again where the page moved it away
+        from under the pointer, as a person would who sees nothing happen."""
+        self.page.evaluate(
+            """() => {
+                window.pressed = false;
+                const run = document.getElementById("run");
+                run.addEventListener("click", () => (window.pressed = true), { once: true });
+            }"""
+        )
+        for _ in range(10):
+            self.find("#run").click()
+            self.page.wait_for_timeout(300)
+            if self.page.evaluate("window.pressed"):
+                return
+        raise AssertionError("Run cannot be pressed")
 
     def remember_progress(self) -> None:
         """Keep every progress line that appears from now on, however briefly."""

@@ -4,9 +4,9 @@ selectors that win over a single class."""
 from __future__ import annotations
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
-from tests.browser.conftest import Tab
+from tests.browser.conftest import App, Tab
 
 pytestmark = pytest.mark.browser
 
@@ -49,8 +49,9 @@ LOST = """() => {
 }"""
 
 
-def test_every_rule_of_the_stylesheet_holds(tab: Tab) -> None:
-    tab.open()
+def test_every_rule_of_the_stylesheet_holds(chromium: Browser, fresh: App) -> None:
+    context = chromium.new_context(viewport={"width": 1440, "height": 1000}, locale="en-US")
+    tab = Tab(context.new_page(), fresh).open()
     expect(tab.find("#results-table tbody").first).to_be_visible()
     lost = set(tab.page.evaluate(LOST))
     for name, ready in (
@@ -67,3 +68,5 @@ def test_every_rule_of_the_stylesheet_holds(tab: Tab) -> None:
         expect(tab.find(ready).first).to_be_visible()
         lost |= set(tab.page.evaluate(LOST))
     assert lost == set()
+    assert tab.problems == []
+    context.close()
