@@ -14,6 +14,9 @@ namespace ql {
 
 constexpr int64_t HUGE_PAGE = 2 << 20;
 
+// Whole pages that hold so many bytes: of 64 KB, the largest usual ones, which are multiples of all others.
+inline int64_t whole_pages(int64_t bytes) { return (bytes + (1 << 16) - 1) >> 16 << 16; }
+
 // Ask for large pages behind what nobody has written to yet; whether they come makes no difference but
 // speed.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
@@ -35,7 +38,7 @@ inline char* take_pages(int64_t bytes) {
     if (pages == MAP_FAILED) throw std::bad_alloc();
     char* first = (char*)(((uintptr_t)pages + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
     const int64_t before = first - (char*)pages, after = HUGE_PAGE - before;
-    const int64_t whole = (bytes + 4095) / 4096 * 4096;
+    const int64_t whole = whole_pages(bytes);
     if (before) munmap(pages, (size_t)before);
     if (after + bytes > whole) munmap(first + whole, (size_t)(bytes + after - whole));
     madvise(first, (size_t)whole, MADV_HUGEPAGE);
@@ -77,7 +80,7 @@ class Buffer {
         if (!data_) return;
         if (size_ < HUGE_PAGE) ::operator delete(data_, std::align_val_t{64});
 #if defined(__linux__)
-        else munmap(data_, (size_t)((size_ + 4095) / 4096 * 4096));
+        else munmap(data_, (size_t)whole_pages(size_));
 #else
         else ::operator delete(data_, std::align_val_t{HUGE_PAGE});
 #endif
