@@ -45,14 +45,20 @@ class Level:
     label: str
     flags: tuple[str, ...]
 
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether it has products of bfloat16, on AMX tiles or on vectors."""
+        return self.number >= 4
+
 
 _AVX512 = (
     *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")),
     *("-mfma", "-mf16c"),
 )
-_AMX = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+_BF16 = (*_AVX512, "-mavx512bf16")
 LEVELS = (
-    Level("amx", 4, "AMX", (*_AVX512, *_AMX)),
+    Level("amx", 5, "AMX", (*_BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
+    Level("avx512bf16", 4, "AVX-512 BF16", _BF16),
     Level("avx512", 3, "AVX-512 VNNI", _AVX512),
     Level("avx2", 2, "AVX2", ("-mavx2", "-mfma", "-mf16c")),
     Level("portable", 0, "portable", ()),
@@ -66,9 +72,11 @@ def supported() -> tuple[Level, ...]:
         return tuple(level for level in LEVELS if level.name == "portable")
     capability = torch.backends.cpu.get_cpu_capability()
     vnni = capability.startswith("AVX512") and torch.cpu._is_vnni_supported()
-    amx = vnni and torch.cpu._is_amx_tile_supported() and sys.platform == "linux"
+    bfloat16 = vnni and torch.cpu._is_avx512_bf16_supported()
+    amx = bfloat16 and torch.cpu._is_amx_tile_supported() and sys.platform == "linux"
     usable = {
-        "amx": amx and torch.cpu._is_avx512_bf16_supported(),
+        "amx": amx,
+        "avx512bf16": bfloat16,
         "avx512": vnni,
         "avx2": capability.startswith(("AVX512", "AVX2")),
         "portable": True,

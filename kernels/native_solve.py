@@ -29,8 +29,8 @@ def ready(*tensors: Tensor | None) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether `add_moment` runs here: a native library for AMX."""
-    return ready() and native.native().level.name == "amx"
+    """Whether `add_moment` runs here: a native library for AMX or AVX512-BF16."""
+    return ready() and native.native().level.multiplies_bfloat16
 
 
 def add_moment(total: Tensor, y: Tensor, x: Tensor, triangle: bool) -> None:

@@ -112,10 +112,11 @@ class NativeBlocks:
 
 
 def native_blocks(model: LoadedModel, length: int) -> NativeBlocks | None:
-    """The model's blocks on the native kernels; None where those have no tiles of bfloat16, or do
-    not know the family."""
+    """The model's blocks on the native kernels; None where those have no products of bfloat16, or
+    do not know the family."""
     try:
-        if build.chosen().name != "amx" or structure_refusal(model.module.config) is not None:
+        known = structure_refusal(model.module.config) is None
+        if not (known and build.chosen().multiplies_bfloat16):
             return None
     except build.BuildError:
         return None

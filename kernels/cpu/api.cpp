@@ -3,7 +3,7 @@
 #include "ops.h"
 #include "pack.h"
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -26,7 +26,7 @@ extern "C" {
 
 // Called once. 0 when the machine lets this process use what it was compiled for.
 int ql_init() {
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: arch_prctl(2)
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 ? 0 : 1;
 #else

@@ -77,7 +77,7 @@ void some_queries(const Attention& a, const Cache& cache, int kv_head, const flo
 
 void attend(const Attention& a, const Cache& cache, const float* q, float* out, int first, int count,
             Pool& pool) {
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
     if (count >= ATTEND_TILES && a.head_dim % LANES == 0)
         return attend_tiles(a, cache, q, out, first, count, pool);
 #endif

@@ -39,7 +39,7 @@ struct Attention {
 void attend(const Attention& a, const Cache& cache, const float* q, float* out, int first, int count,
             Pool& pool);
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
 // The same for at least ATTEND_TILES queries, with a head_dim that is a multiple of 16.
 constexpr int ATTEND_TILES = 16;
 void attend_tiles(const Attention& a, const Cache& cache, const float* q, float* out, int first, int count,

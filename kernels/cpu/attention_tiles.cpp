@@ -7,7 +7,7 @@
 #include "ops.h"
 #include "tile.h"
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
 namespace ql {
 
 namespace {
@@ -222,7 +222,7 @@ void attend_tiles(const Attention& a, const Cache& cache, const float* q, float*
             const int64_t at = (int64_t)tile * TILE * row + (int64_t)h * a.head_dim;
             Queries(a, size, head).run(q + at, out + at, row, first + tile * TILE, std::min(TILE, count - tile * TILE));
         }
-        _tile_release();
+        release_tiles();
     });
 }
 

@@ -1,4 +1,4 @@
-// A gate and what it lets through, in one pass on AMX tiles: their sums never leave the first cache, where
+// A gate and what it lets through, in one pass on tiles: their sums never leave the first cache, where
 // each alone would write and read float32 of four times the size of what comes out.
 #include "linear.h"
 #include "ops.h"
@@ -78,7 +78,7 @@ void multiply_gated(const Gated& g, const Input& in, uint16_t* y, Pool& pool) {
                         block + 1 < last ? g.gate->block_bytes() : 0};
         };
         multiply_tiles<false>(sides, pair_at, writer);
-        _tile_release();
+        release_tiles();
     });
 }
 

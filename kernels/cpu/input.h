@@ -20,7 +20,7 @@
 namespace ql {
 
 enum Mode : int32_t {
-    EXACT = 0,         // two bytes a block of 32 columns; on tiles two bfloat16 parts; else float32
+    EXACT = 0,         // two bytes a block of 32 columns; on AMX tiles two bfloat16 parts; else float32
     INT8_BLOCK = 1,    // a step a block of 32 columns, max |x| / 127
     INT8_ROW = 2,      // a step a row, max |x| / 127
     INT8_GIVEN = 3,    // one step and zero-point for everything, known beforehand
@@ -52,7 +52,7 @@ struct Input {
     const float* step = nullptr;   // [rows][padded / 32]
     const float* total = nullptr;  // [rows][padded / 32]: the sum of x, as rounded, in the block
     const float* shift = nullptr;  // [rows] or null
-    // Instead of all that, where AMX tiles will be multiplied, in their order [rows / 16][padded /
+    // Instead of all that, where tiles will be multiplied, in their order [rows / 16][padded /
     // columns a tile][16 rows][64 bytes]: x ~ high + low in bfloat16 (32 columns a tile), or q (64
     // columns) with the step and the sum of x, as rounded, of each row.
     const uint16_t *high = nullptr, *low = nullptr;

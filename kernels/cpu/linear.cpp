@@ -208,13 +208,15 @@ void some_rows(const Matrix& w, const Input& in, int block, int m0, const Target
 void multiply_most(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
                    Pool& pool) {
     const Target out{y, y_stride, bias, w.rows};
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 3
     if (in.q_tiles) {
         pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
             tiles_int8(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
         });
         return;
     }
+#endif
+#if QL_LEVEL >= 4
     if (in.high) {
         pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
             tiles_bf16(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);

@@ -7,7 +7,7 @@
 namespace ql {
 
 // Make `in` ready for products with matrices of `columns` columns in `mode`: int8 codes or bfloat16
-// parts, for AMX tiles or for vectors. x: [rows][stride] float32; pointers into it are kept.
+// parts, for tiles or for vectors. x: [rows][stride] float32; pointers into it are kept.
 void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, How how, bool tiles,
              Pool& pool);
 
@@ -15,16 +15,26 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, H
 void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
               Pool& pool);
 
-// The mode that really runs for so many rows: codebooks take no int8 inputs, and where AMX multiplies
-// bfloat16 many rows are faster, and more exact, in it than in int8 a block.
+// The mode that really runs for so many rows: codebooks take no int8 inputs, and where there are
+// instructions for bfloat16 many rows are faster, and more exact, in it than in int8 a block.
 int mode_for(int mode, int rows, bool table, int bits);
 
-// Whether the product of so many rows runs on AMX tiles; `how` has the mode that really runs. int8 inputs
-// do where the sums run through all columns: with codes of 8 bits and one grid a row.
+// Whether the product of so many rows runs on tiles; `how` has the mode that really runs. int8 inputs do
+// where the sums run through all columns: with codes of 8 bits and one grid a row. Two bfloat16 parts
+// ("exact") only pay with AMX.
 bool on_tiles(const Matrix& w, const How& how, int rows);
 
-// Rows that are multiplied together on AMX tiles: fewer take the vector path.
-constexpr int TILE_FROM = 6;
+// Rows that are multiplied together on tiles: fewer take the path for one row. Codes have to be made into
+// tiles of bfloat16 first, which costs as much as eight rows without AMX.
+constexpr int TILE_FROM = 6, CODES_FROM = QL_LEVEL >= 5 ? TILE_FROM : 16;
+
+#if QL_LEVEL >= 3
+// The input in the order of tiles, int8 (`how` has no INT8_RANGE), and its product for row blocks first to
+// last - 1.
+void quantize_tiles(Input& in, const How& how, Pool& pool);
+void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
+                const float* bias);
+#endif
 
 #if QL_LEVEL >= 4
 // As `prepare` in mode BF16, of x [rows][columns] that is bfloat16 already; for many rows only.
@@ -37,13 +47,9 @@ struct Gated {
     bool gelu;  // else SiLU
 };
 void multiply_gated(const Gated& gated, const Input& in, uint16_t* y, Pool& pool);
-// The input in the order of tiles: int8 (`how` has no INT8_RANGE), or one or two bfloat16 parts.
-void quantize_tiles(Input& in, const How& how, Pool& pool);
+// The same in one or two bfloat16 parts.
 void arrange_tiles(Input& in, bool two, Pool& pool);
-// The product on AMX tiles, for row blocks first to last - 1.
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
-                const float* bias);
-void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias);
 #endif
 

@@ -1,8 +1,9 @@
-// total += y^T x over tokens, on AMX tiles: the second moments that GPTQ and AWQ are made of. Factors are
+// total += y^T x over tokens, on tiles: the second moments that GPTQ and AWQ are made of. Factors are
 // bfloat16, so that every product is exact in float32, in which they are added up.
 #include <algorithm>
 
 #include "input.h"
+#include "panels.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -75,6 +76,7 @@ struct Product {
 
     // The 32 x 32 entries from (i, j) tiles on, over token tiles first to last - 1: four tiles of sums.
     void piece(int64_t i, int64_t j, int64_t first, int64_t last, float* sums) const {
+#if QL_LEVEL >= 5
         constexpr int A_TILE = TILE * TILE;
         if (first == 0) {
             _tile_zero(0);
@@ -101,6 +103,13 @@ struct Product {
         _tile_stored(1, sums + A_TILE, 64);
         _tile_stored(2, sums + 2 * A_TILE, 64);
         _tile_stored(3, sums + 3 * A_TILE, 64);
+#else
+        const auto bytes = [](const uint16_t* p) { return (const uint8_t*)p; };
+        const Panel panel{bytes(y.at(i, first)), bytes(x.at(j, first)), bytes(x.at(j + 1, first)), last - first,
+                          TILE_BYTES, TILE_BYTES};
+        auto* to = (int32_t*)sums;
+        multiply_panels<false>(panel, bytes(y.at(i + 1, first)), first ? to : nullptr, to);
+#endif
     }
 
     void add(int64_t i, int64_t j, const float* sums) const {
@@ -148,7 +157,7 @@ extern "C" void ql_add_moment(float* total, const uint16_t* y, const uint16_t* x
             const int64_t i = at / blocks, j = at % blocks;
             if (!product.triangle || j >= i) product.block(i * WIDE, j * WIDE);
         }
-        _tile_release();
+        release_tiles();
     }, false);
 }
 #endif

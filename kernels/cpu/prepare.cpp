@@ -45,7 +45,7 @@ void take_floats(Input& in, Pool& pool) {
 }  // namespace
 
 int mode_for(int mode, int rows, bool table, int bits) {
-    const bool tiles = QL_LEVEL >= 4 && rows >= TILE_FROM;
+    const bool tiles = QL_LEVEL >= 4 && rows >= (bits == 16 ? TILE_FROM : CODES_FROM);
     if (mode == INT8_ROW || mode == INT8_GIVEN || mode > BF16) return mode;
     if (bits == 16 || table) return tiles && mode != EXACT ? BF16 : EXACT;
     if (mode == INT8_BLOCK) return tiles ? BF16 : INT8_BLOCK;
@@ -53,8 +53,10 @@ int mode_for(int mode, int rows, bool table, int bits) {
 }
 
 bool on_tiles(const Matrix& w, const How& how, int rows) {
-    if (QL_LEVEL < 4 || rows < TILE_FROM) return false;
-    return !how.int8() || (w.bits == 8 && w.groups() == 1 && w.zero != ZERO_OFFSET);
+    if (how.mode == EXACT) return QL_LEVEL >= 5 && rows >= TILE_FROM;
+    if (how.mode == BF16) return QL_LEVEL >= 4;
+    if (QL_LEVEL < 3 || rows < TILE_FROM || how.mode == INT8_BLOCK) return false;
+    return w.bits == 8 && w.groups() == 1 && w.zero != ZERO_OFFSET;
 }
 
 void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, How how, bool tiles,
@@ -72,11 +74,13 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, H
     if (how.has_zero()) in.shift = in.shift_.get<float>(rows);
     if (how.mode == INT8_RANGE) how = range_of_all(in);
     if (how.mode == INT8_OUTLIERS) find_outliers(in, how.threshold);
-#if QL_LEVEL >= 4
-    if (tiles) return in.int8 ? quantize_tiles(in, how, pool) : arrange_tiles(in, how.mode == EXACT, pool);
-#else
-    (void)tiles;
+#if QL_LEVEL >= 3
+    if (tiles && in.int8) return quantize_tiles(in, how, pool);
 #endif
+#if QL_LEVEL >= 4
+    if (tiles) return arrange_tiles(in, how.mode == EXACT, pool);
+#endif
+    (void)tiles;
     if (!in.int8) take_floats(in, pool);
     if (!in.int8 && how.mode != EXACT) return;
     in.q = in.q_.get<int8_t>((int64_t)rows * in.padded);

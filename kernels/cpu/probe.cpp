@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "linear.h"
+#include "panels.h"
 #include "tile.h"
 
 using namespace ql;
@@ -33,7 +34,7 @@ void read_part(const uint8_t* p, int64_t bytes) {
     use(sum);
 }
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
 // Two tiles of the input meet two of the weight; four independent sums hide the latency. Zeros:
 // numbers would lower the clock (2.9 to 2.3 GHz here), so that products of numbers reach 0.8 of this.
 template <bool INT8>
@@ -60,7 +61,7 @@ double tiles(int64_t rounds) {
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_release();
+    release_tiles();
     return 4.0 * 2 * 16 * 16 * (INT8 ? 64 : 32);
 }
 #endif
@@ -90,6 +91,15 @@ double whole_numbers(int64_t rounds) {
     return SUMS * 2.0 * 64;
 }
 
+#if QL_LEVEL == 4
+double bfloat16(int64_t rounds) {
+    I x = (I)splat(0.5f);
+    use(x);
+    repeat<I>(rounds, [&](I sum) { return (I)dots<false>((__m512i)sum, (__m512i)x, (__m512i)x); });
+    return SUMS * 2.0 * 2 * LANES;
+}
+#endif
+
 double floats(int64_t rounds) {
     F x = splat(0.5f);
     use(x);
@@ -98,11 +108,16 @@ double floats(int64_t rounds) {
 }
 
 double multiply_rounds(int kind, int64_t rounds) {
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
     if (kind == 0) return tiles<true>(rounds);
     if (kind == 1) return tiles<false>(rounds);
 #endif
-    return kind == 0 ? whole_numbers(rounds) : floats(rounds);
+    if (kind == 0) return whole_numbers(rounds);
+#if QL_LEVEL == 4
+    return bfloat16(rounds);
+#else
+    return floats(rounds);
+#endif
 }
 
 }  // namespace

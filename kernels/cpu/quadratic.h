@@ -13,7 +13,7 @@ class Quadratic {
   public:
     explicit Quadratic(int size) : size_(size) {}
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
     // On AMX tiles: M and e in two bfloat16 parts each, 16 bits of fraction; the product of both second
     // parts is left out. Tiles are [32 rows of M][their 32 columns][part][16 rows].
     void take(const float* moment) {

@@ -1,10 +1,10 @@
-// Rounding inputs to int8, straight into the order of AMX tiles. The codes are those of quantize.cpp.
+// Rounding inputs to int8, straight into the order of tiles. The codes are those of quantize.cpp.
 #include <algorithm>
 
 #include "linear.h"
 #include "tile.h"
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 3
 namespace ql {
 
 namespace {

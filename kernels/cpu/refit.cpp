@@ -1,8 +1,9 @@
-// What the scales of fixed codes are solved from, on AMX tiles: for every row of a weight the products of
+// What the scales of fixed codes are solved from, on tiles: for every row of a weight the products of
 // its groups of codes with each other and with the weight, under the inputs' second moment.
 #include <algorithm>
 
 #include "input.h"
+#include "panels.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -126,6 +127,7 @@ class Rows {
         const int64_t deep = c_.deep();
         const uint16_t *m0 = m, *m1 = m + c_.a_tile_row();
         const uint16_t *v0 = pairs_ + s * deep * TILE_PAIRS, *v1 = v0 + deep * TILE_PAIRS;
+#if QL_LEVEL >= 5
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -144,6 +146,15 @@ class Rows {
         _tile_stored(1, product[1], 64);
         _tile_stored(2, product[2], 64);
         _tile_stored(3, product[3], 64);
+#else
+        auto* to = (int32_t*)product;
+        for (int64_t part = 0; part < PARTS; part++) {
+            const int64_t at = part * deep * TILE_PAIRS;
+            const Panel panel{(const uint8_t*)(m0 + at), (const uint8_t*)v0, (const uint8_t*)v1, deep, TILE_BYTES,
+                              TILE_BYTES};
+            multiply_panels<false>(panel, (const uint8_t*)(m1 + at), part ? to : nullptr, to);
+        }
+#endif
         F* right = sums_ + c_.groups * STRIPS + s;
         for (int i = 0; i < 2 * TILE && j * TILE + i < c_.columns; i++) {
             const int64_t column = j * TILE + i, at = column * STRIPS + s;
@@ -193,7 +204,7 @@ extern "C" void ql_group_products(const float* weight, const float* codes, const
                 Rows some(c, part * HIGH);
                 for (int64_t g = 0; g < count; g++) some.group(from + g, slab + g * c.a_group(), system, right);
             }
-            _tile_release();
+            release_tiles();
         }, false);
     }
 }

@@ -5,7 +5,7 @@
 // one source serves every instruction set. Only what has no operator is spelled out below.
 //
 // The level is fixed when the file is compiled: QL_LEVEL is 0 (portable), 2 (AVX2), 3 (AVX-512 with
-// VNNI) or 4 (that and AMX). `kernels/build.py` compiles the level of the machine it runs on.
+// VNNI), 4 (that and AVX512-BF16) or 5 (that and AMX). `kernels/build.py` compiles the level of the machine it runs on.
 #pragma once
 
 #include <cmath>

@@ -145,7 +145,7 @@ void ql_best_grids(const float* weight, int64_t rows, int64_t stride, int64_t gr
         F *values = value_room.get<F>(size), *error[TRIES];
         for (int i = 0; i < TRIES; i++) error[i] = error_room[i].get<F>(size);
         Quadratic quadratic((int)size);
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 5
         configure_tiles();
 #endif
         for (int64_t strip = begin; strip < end; strip++) {
@@ -194,8 +194,8 @@ void ql_best_grids(const float* weight, int64_t rows, int64_t stride, int64_t gr
                 zeros[(r + l) * groups + g] = best.zero[l];
             }
         }
-#if QL_LEVEL >= 4
-        _tile_release();
+#if QL_LEVEL >= 5
+        release_tiles();
 #endif
     }, ASLEEP);
 }

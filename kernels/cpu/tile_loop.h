@@ -1,8 +1,8 @@
-// The product of many rows on AMX tiles, for bytes and for bfloat16 alike: a tile is 16 rows of 64 bytes.
+// The product of many rows on tiles, for bytes and for bfloat16 alike: a tile is 16 rows of 64 bytes.
 // A piece is 32 rows of the input by 32 of the weight, four sums of 16 x 16, so that every tile is used
 // twice.
 //
-// A product of tiles from the first cache is as fast as the tiles can be; the second one feeds three
+// With AMX, a product of tiles from the first cache is as fast as the tiles can be; the second one feeds three
 // quarters of that. So of the two blocks of weight that all rows pass by, as much as fits stays in the
 // first cache, and everything else is loaded with a hint that keeps it from pushing that out. The outputs
 // of a piece are written a row at a time between the products of the next one: written at once, they fill
@@ -12,9 +12,10 @@
 #include <algorithm>
 
 #include "input.h"
+#include "panels.h"
 #include "tile.h"
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 3
 namespace ql {
 
 constexpr int64_t INPUT_BYTES = 1 << 20;  // of the input, while all of the weight passes by: stays in L2
@@ -103,6 +104,7 @@ struct Piece {
     const uint8_t *a0, *a1, *b0, *b1;
 };
 
+#if QL_LEVEL >= 5
 // What is read next of the weight, on its way to the second cache a few lines a step.
 struct Ahead {
     const uint8_t* next;
@@ -168,6 +170,34 @@ inline void store_sums(int32_t* sums) {
     _tile_stored(3, sums + SUMS / 4 * 3, 64);
 }
 
+// The sums of a piece: what is in `from`, or zeros, and the products of all `bytes`. Rows that are due are
+// written meanwhile, `a_step` in each step.
+template <bool INT8, class Out>
+void multiply_piece(const Piece& p, int64_t bytes, const int32_t* from, int32_t* to, const Ahead& ahead,
+                    int64_t a_step, Out& writer) {
+    start_sums(from);
+    if (a_step == 1) run<INT8, 1>(p, bytes, ahead, writer);
+    else if (a_step <= 4) run<INT8, 4>(p, bytes, ahead, writer);
+    else run<INT8, 8>(p, bytes, ahead, writer);
+    store_sums(to);
+}
+#else
+// Vectors need neither what is ahead nor rows between their products.
+struct Ahead {
+    const uint8_t* next;
+    int lines;
+};
+
+template <bool INT8, class Out>
+void multiply_piece(const Piece& p, int64_t bytes, const int32_t* from, int32_t* to, const Ahead&, int64_t,
+                    Out& writer) {
+    writer.rest();
+    const Panel panel{p.a0, p.b0, p.b1, bytes / TILE_BYTES, TILE_BYTES, TILE_BYTES};
+    if (p.a1 == p.a0) multiply_panel<INT8>(panel, from, to);
+    else multiply_panels<INT8>(panel, p.a1, from, to);
+}
+#endif
+
 // Pieces between products; of one thread.
 inline int32_t* room_for_sums(int64_t pieces) {
     static thread_local Buffer kept;
@@ -219,12 +249,9 @@ void multiply_tiles(const Sides& s, PairAt&& pair_at, Out& writer) {
                     const Ahead ahead{(asked < bytes ? p.b0 + asked : p.b1 + asked - bytes) + p.to_next,
                                       p.to_next && asked < 2 * bytes ? lines : 0};
                     asked += bytes / TILE_BYTES * lines * 64;
-                    start_sums(k ? kept + piece * SUMS : nullptr);
-                    if (a_step == 1) run<INT8, 1>({a0, a1, p.b0, p.b1}, bytes, ahead, writer);
-                    else if (a_step <= 4) run<INT8, 4>({a0, a1, p.b0, p.b1}, bytes, ahead, writer);
-                    else run<INT8, 8>({a0, a1, p.b0, p.b1}, bytes, ahead, writer);
-                    int32_t* to = more ? kept + piece * SUMS : sums + (turn ^= 1) * SUMS;
-                    store_sums(to);
+                    int32_t *waiting = kept + piece * SUMS, *to = more ? waiting : sums + (turn ^= 1) * SUMS;
+                    multiply_piece<INT8>({a0, a1, p.b0, p.b1}, bytes, k ? waiting : nullptr, to, ahead, a_step,
+                                         writer);
                     if (!more) writer.due(to, m);
                 }
             }

@@ -1,4 +1,4 @@
-// bfloat16 on AMX tiles: the weight as it is, or made into tiles from codes of any width, times inputs in one
+// bfloat16 on tiles: the weight as it is, or made into tiles from codes of any width, times inputs in one
 // part or ("exact") two.
 #include "linear.h"
 #include "tile_loop.h"
@@ -44,6 +44,12 @@ void unpack(const Matrix& w, int block, int from, int to, uint16_t* high, uint16
     with_bits(w.bits, [&](auto bits) { unpack_block<decltype(bits)::value>(w, block, from, to, high, low); });
 }
 
+uint16_t* panel(int64_t count) {
+    static thread_local Buffer kept;
+    return kept.get<uint16_t>(count);
+}
+
+#if QL_LEVEL >= 5
 // Where the outputs of one or two blocks go. Large outputs pass the caches by: they would push the
 // input out of them, which is read again for every pair of blocks.
 class Target {
@@ -81,11 +87,6 @@ class Target {
     const float* const bias_;
     bool stream_;
 };
-
-uint16_t* panel(int64_t count) {
-    static thread_local Buffer kept;
-    return kept.get<uint16_t>(count);
-}
 
 // The sums of a 32 x 32 piece: row i of input tile h and block e at [h][e][i * 16].
 using Sums = float[2][2][TILE * TILE];
@@ -134,6 +135,7 @@ struct Parts {
         _tile_dpbf16ps(3, 5, 7);
     }
 };
+#endif
 
 }  // namespace
 
@@ -204,6 +206,7 @@ void one_part(const Matrix& w, const Input& in, int first, int last, float* y, i
     multiply_tiles<false>(sides, make, writer);
 }
 
+#if QL_LEVEL >= 5
 // The weight is in two parts as well, unless it is bfloat16 itself.
 void two_parts(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                const float* bias) {
@@ -244,15 +247,19 @@ void two_parts(const Matrix& w, const Input& in, int first, int last, float* y, 
             }
         }
 }
+#endif
 
 }  // namespace
 
 void tiles_bf16(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
                 const float* bias) {
     configure_tiles();
+#if QL_LEVEL >= 5
     if (in.low) two_parts(w, in, first, last, y, y_stride, bias);
-    else one_part(w, in, first, last, y, y_stride, bias);
-    _tile_release();
+    else
+#endif
+        one_part(w, in, first, last, y, y_stride, bias);
+    release_tiles();
 }
 
 }  // namespace ql

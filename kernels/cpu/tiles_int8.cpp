@@ -1,9 +1,9 @@
-// Bytes times bytes on AMX tiles: 8-bit codes with one grid a row meet int8 inputs with one step a row, so
+// Bytes times bytes on tiles: 8-bit codes with one grid a row meet int8 inputs with one step a row, so
 // that the sums run through all columns, straight from the packed codes.
 #include "linear.h"
 #include "tile_loop.h"
 
-#if QL_LEVEL >= 4
+#if QL_LEVEL >= 3
 namespace ql {
 
 namespace {
@@ -37,7 +37,7 @@ void tiles_int8(const Matrix& w, const Input& in, int first, int last, float* y,
     Writer<Meaning> writer({w, in}, w.rows, in.rows, y, y_stride, bias);
     const Sides sides{(const uint8_t*)in.q_tiles, w.block_bytes(), (in.rows + TILE - 1) / TILE, first, last};
     multiply_tiles<true>(sides, [&](int n, int64_t k, int64_t) { return pair_of(w, n, last, k); }, writer);
-    _tile_release();
+    release_tiles();
 }
 
 }  // namespace ql

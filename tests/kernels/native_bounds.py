@@ -28,7 +28,8 @@ from kernels import native, reference
 
 U = 2.0**-24
 TILE_FROM = 6
-"""Rows that AMX multiplies together; `cpu/linear.h`."""
+CODES_FROM = 16
+"""Rows that are multiplied as bfloat16 together; codes without AMX. `cpu/linear.h`."""
 
 ZERO_POINTS = ("middle", "whole", "fractional")
 
@@ -180,11 +181,13 @@ def expected(
     case: Case, x: Tensor, bias: Tensor | None, how: native.How, level: str
 ) -> tuple[Tensor, Tensor]:
     """(product, bound) of the mode that runs: bfloat16 weights and tables take no int8 blocks, and
-    AMX multiplies bfloat16 instead."""
-    tiles = level == "amx" and x.shape[0] >= TILE_FROM
+    many rows are bfloat16 instead where the CPU multiplies it."""
+    amx, bfloat16 = level == "amx", level in ("amx", "avx512bf16")
+    exact = how.mode == native.EXACT
+    enough = TILE_FROM if amx or case.codes is None else CODES_FROM
+    tiles = (amx or (bfloat16 and not exact)) and x.shape[0] >= enough
     only_floats = case.codes is None or case.table
-    if how.mode in (native.EXACT, native.BF16) or (how.mode == native.INT8_BLOCK and only_floats):
-        exact = how.mode == native.EXACT
+    if exact or how.mode == native.BF16 or (how.mode == native.INT8_BLOCK and only_floats):
         return floats(case, x, bias, tiles=tiles, exact=exact)
     if how.mode == native.INT8_BLOCK and tiles:
         return floats(case, x, bias, tiles=tiles, exact=False)

@@ -137,22 +137,25 @@ def test_the_compiler_that_cxx_names_comes_first(
 
 
 @pytest.mark.parametrize(
-    ("machine", "capability", "vnni", "levels"),
+    ("machine", "capability", "features", "levels"),
     [
-        ("x86_64", "DEFAULT", False, "portable"),
-        ("x86_64", "AVX2", False, "avx2 portable"),
-        ("AMD64", "AVX512", False, "avx2 portable"),
-        ("x86_64", "AVX512", True, "avx512 avx2 portable"),
-        ("aarch64", "SVE256", False, "portable"),
-        ("riscv64", "something new", False, "portable"),
+        ("x86_64", "DEFAULT", "", "portable"),
+        ("x86_64", "AVX2", "", "avx2 portable"),
+        ("AMD64", "AVX512", "", "avx2 portable"),
+        ("AMD64", "AVX512", "bf16", "avx2 portable"),
+        ("x86_64", "AVX512", "vnni", "avx512 avx2 portable"),
+        ("x86_64", "AVX512", "vnni bf16", "avx512bf16 avx512 avx2 portable"),
+        ("aarch64", "SVE256", "", "portable"),
+        ("riscv64", "something new", "", "portable"),
     ],
 )
 def test_levels_of_other_cpus(
-    monkeypatch: pytest.MonkeyPatch, machine: str, capability: str, vnni: bool, levels: str
+    monkeypatch: pytest.MonkeyPatch, machine: str, capability: str, features: str, levels: str
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: "vnni" in features)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "bf16" in features)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.delenv("QUANTLAB_NATIVE", raising=False)
     names = [level.name for level in build.supported()]
