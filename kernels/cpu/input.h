@@ -49,6 +49,7 @@ struct Input {
     bool int8 = false;
     const int8_t* q = nullptr;     // [rows][padded]
     const int8_t* q_low = nullptr; // [rows][padded], EXACT only
+    const int16_t* wide = nullptr; // 256 q + q_low, in the place of both, where many rows are multiplied so
     const float* step = nullptr;   // [rows][padded / 32]
     const float* total = nullptr;  // [rows][padded / 32]: the sum of x, as rounded, in the block
     const float* shift = nullptr;  // [rows] or null
@@ -59,14 +60,14 @@ struct Input {
     const int8_t* q_tiles = nullptr;
     const float *row_step = nullptr, *row_total = nullptr;  // [rows]
     std::vector<int> outliers;  // columns that are left out of q, for INT8_OUTLIERS
-    Buffer q_, q_low_, step_, total_, shift_, padded_, high_, low_, tiles_, row_step_, row_total_;
+    Buffer q_, q_low_, wide_, step_, total_, shift_, padded_, high_, low_, tiles_, row_step_, row_total_;
 
     int blocks() const { return padded / CHUNK; }
 };
 
 // Round rows first to last - 1 of x to int8. `how` has no INT8_RANGE (which became INT8_GIVEN).
 void quantize(Input& in, const How& how, int first, int last);
-// The two bytes of EXACT. A block with a number that is not finite gets a step that is not either.
+// The two bytes of EXACT, apart or as one number. A block with a number that is not finite gets a step that is not either.
 void quantize_exact(Input& in, int first, int last);
 // INT8_GIVEN with the step and zero-point of the whole input.
 How range_of_all(const Input& in);

@@ -186,10 +186,13 @@ void small_groups(One&& one, const Matrix& w, const Input& in, int block, int m0
     for (int m = 0; m < M; m++) y[m] = one(w, in, block, m0 + m);
 }
 
+// No group ends inside a block of 32 columns.
+bool whole_groups(const Matrix& w) { return w.groups() == 1 || w.group % CHUNK == 0; }
+
 template <int M>
 void some_rows(const Matrix& w, const Input& in, int block, int m0, const Target& out) {
     F y[M] = {};
-    const bool whole = w.groups() == 1 || w.group % CHUNK == 0;
+    const bool whole = whole_groups(w);
     if (w.bits == 16) {
         bf16_rows<M>(w, in, block, m0, y);
     } else {
@@ -220,6 +223,15 @@ void multiply_most(const Matrix& w, const Input& in, float* y, int64_t y_stride,
     if (in.high) {
         pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
             tiles_bf16(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
+        });
+        return;
+    }
+#endif
+#if QL_LEVEL == 3 || QL_LEVEL == 4
+    const bool codes = in.int8 ? in.rows >= STEPPED_FROM : in.wide != nullptr;
+    if (codes && w.bits != 16 && !w.table && whole_groups(w)) {
+        pool.run((w.row_blocks() + 1) / 2, 1, [&](int64_t first, int64_t last, int) {
+            multiply_stepped(w, in, (int)first * 2, std::min((int)last * 2, w.row_blocks()), y, y_stride, bias);
         });
         return;
     }

@@ -15,8 +15,8 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, H
 void multiply(const Matrix& w, const Input& in, float* y, int64_t y_stride, const float* bias,
               Pool& pool);
 
-// The mode that really runs for so many rows: codebooks take no int8 inputs, and where there are
-// instructions for bfloat16 many rows are faster, and more exact, in it than in int8 a block.
+// The mode that really runs for so many rows: codebooks take no int8 inputs, and with AMX many rows are
+// faster, and more exact, in bfloat16 than in int8 a block.
 int mode_for(int mode, int rows, bool table, int bits);
 
 // Whether the product of so many rows runs on tiles; `how` has the mode that really runs. int8 inputs do
@@ -27,6 +27,15 @@ bool on_tiles(const Matrix& w, const How& how, int rows);
 // Rows that are multiplied together on tiles: fewer take the path for one row. Codes have to be made into
 // tiles of bfloat16 first, which costs as much as eight rows without AMX.
 constexpr int TILE_FROM = 6, CODES_FROM = QL_LEVEL >= 5 ? TILE_FROM : 16;
+
+// Whether there is a path of its own for many rows whose inputs have a step for every 32 columns, and
+// from how many on it is taken.
+constexpr bool STEPPED = QL_LEVEL == 3 || QL_LEVEL == 4;
+constexpr int STEPPED_FROM = 16;
+
+// That path, for row blocks first to last - 1; groups are whole blocks of 32 columns.
+void multiply_stepped(const Matrix& w, const Input& in, int first, int last, float* y, int64_t y_stride,
+                      const float* bias);
 
 #if QL_LEVEL >= 3
 // The input in the order of tiles, int8 (`how` has no INT8_RANGE), and its product for row blocks first to

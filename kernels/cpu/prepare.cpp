@@ -46,9 +46,10 @@ void take_floats(Input& in, Pool& pool) {
 
 int mode_for(int mode, int rows, bool table, int bits) {
     const bool tiles = QL_LEVEL >= 4 && rows >= (bits == 16 ? TILE_FROM : CODES_FROM);
+    const bool stepped = STEPPED && bits != 16 && !table;
     if (mode == INT8_ROW || mode == INT8_GIVEN || mode > BF16) return mode;
     if (bits == 16 || table) return tiles && mode != EXACT ? BF16 : EXACT;
-    if (mode == INT8_BLOCK) return tiles ? BF16 : INT8_BLOCK;
+    if (mode == INT8_BLOCK) return tiles && !stepped ? BF16 : INT8_BLOCK;
     return mode == BF16 && !tiles ? EXACT : mode;
 }
 
@@ -71,6 +72,7 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, H
     in.shift = in.step = in.total = in.row_step = in.row_total = nullptr;
     in.high = in.low = nullptr;
     in.q = in.q_low = in.q_tiles = nullptr;
+    in.wide = nullptr;
     if (how.has_zero()) in.shift = in.shift_.get<float>(rows);
     if (how.mode == INT8_RANGE) how = range_of_all(in);
     if (how.mode == INT8_OUTLIERS) find_outliers(in, how.threshold);
@@ -83,10 +85,15 @@ void prepare(Input& in, const float* x, int rows, int columns, int64_t stride, H
     (void)tiles;
     if (!in.int8) take_floats(in, pool);
     if (!in.int8 && how.mode != EXACT) return;
-    in.q = in.q_.get<int8_t>((int64_t)rows * in.padded);
+    const int64_t size = (int64_t)rows * in.padded;
+    if (!in.int8 && STEPPED && rows >= STEPPED_FROM) {
+        in.wide = in.wide_.get<int16_t>(size);
+    } else {
+        in.q = in.q_.get<int8_t>(size);
+        if (!in.int8) in.q_low = in.q_low_.get<int8_t>(size);
+    }
     in.step = in.step_.get<float>((int64_t)rows * in.blocks());
     in.total = in.total_.get<float>((int64_t)rows * in.blocks());
-    if (!in.int8) in.q_low = in.q_low_.get<int8_t>((int64_t)rows * in.padded);
     pool.run(rows, 4, [&](int64_t first, int64_t last, int) {
         if (in.int8) quantize(in, how, (int)first, (int)last);
         else quantize_exact(in, (int)first, (int)last);

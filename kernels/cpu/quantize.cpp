@@ -13,6 +13,14 @@ inline void store_bytes(int8_t* p, F v) {
 #endif
 }
 
+inline void store_words(int16_t* p, F v) {
+#if QL_LEVEL >= 3
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)v)));
+#else
+    for (int i = 0; i < LANES; i++) p[i] = (int16_t)v[i];
+#endif
+}
+
 inline F magnitude(F v) {
     return (F)((I)v & 0x7fffffff);
 }
@@ -156,19 +164,24 @@ void quantize_exact(Input& in, int first, int last) {
     const int blocks = in.blocks();
     for (int m = first; m < last; m++) {
         const float* x = in.x + m * in.stride;
-        int8_t* high = const_cast<int8_t*>(in.q) + (int64_t)m * in.padded;
-        int8_t* low = const_cast<int8_t*>(in.q_low) + (int64_t)m * in.padded;
+        const int64_t row = (int64_t)m * in.padded;
         for (int b = 0; b < blocks; b++) {
             const F v[2] = {part(x, b * CHUNK, in.columns), part(x, b * CHUNK + LANES, in.columns)};
             const float s = power_step(largest_of(v[0], v[1])), inverse = 1.f / s;
             F added{};
             for (int i = 0; i < 2; i++) {
-                const F whole = round_even(v[i] * inverse), top = round_even(whole * (1.f / 256));
+                const F whole = round_even(v[i] * inverse);
+                const int64_t to = row + b * CHUNK + i * LANES;
+                added += whole;
+                if (in.wide) {
+                    store_words(const_cast<int16_t*>(in.wide) + to, whole);
+                    continue;
+                }
+                const F top = round_even(whole * (1.f / 256));
                 // What is left lies in [-128, 128]; 128 itself, a tie, goes to the byte above.
                 const F over = whole - top * 256.f > splat(127.f) ? splat(1.f) : F{};
-                store_bytes(high + b * CHUNK + i * LANES, top + over);
-                store_bytes(low + b * CHUNK + i * LANES, whole - (top + over) * 256.f);
-                added += whole;
+                store_bytes(const_cast<int8_t*>(in.q) + to, top + over);
+                store_bytes(const_cast<int8_t*>(in.q_low) + to, whole - (top + over) * 256.f);
             }
             const int64_t at = (int64_t)m * blocks + b;
             const_cast<float*>(in.step)[at] = s;

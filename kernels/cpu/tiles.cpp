@@ -164,6 +164,7 @@ void take_bf16(Input& in, const uint16_t* x, int rows, int columns, Pool& pool) 
     in.int8 = false;
     in.outliers.clear();
     in.q = in.q_low = in.q_tiles = nullptr;
+    in.wide = nullptr;
     in.shift = nullptr;
     in.low = nullptr;
     const int64_t whole = (rows + TILE - 1) / TILE * TILE, tiles = in.padded / 32;

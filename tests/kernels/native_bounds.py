@@ -189,6 +189,6 @@ def expected(
     only_floats = case.codes is None or case.table
     if exact or how.mode == native.BF16 or (how.mode == native.INT8_BLOCK and only_floats):
         return floats(case, x, bias, tiles=tiles, exact=exact)
-    if how.mode == native.INT8_BLOCK and tiles:
+    if how.mode == native.INT8_BLOCK and amx and tiles:
         return floats(case, x, bias, tiles=tiles, exact=False)
     return integers(case, x, bias, how)
