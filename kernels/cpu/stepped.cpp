@@ -17,7 +17,7 @@ constexpr int INPUT_BYTES = 2 << 20;  // and of the rows that pass by
 // Columns of a pair of blocks. Codes of 32 columns lie together: [e][8][16 rows][4 columns] as bytes, or (WIDE)
 // [e][16][16 rows][2 columns] as int16, whose zero-points are taken off where they are whole numbers.
 template <bool WIDE>
-struct Panel {
+struct Unpacked {
     static constexpr int STEPS = WIDE ? 16 : 8, BYTES = 64 * STEPS;  // of 32 columns of one block
     static constexpr int MOST = PANEL_BYTES / (2 * BYTES);
     const Matrix& w;
@@ -27,7 +27,7 @@ struct Panel {
     int block = 0, width = 0;  // blocks of the pair
     int from = 0, to = 0;      // chunks whose codes are there
 
-    explicit Panel(const Matrix& w)
+    explicit Unpacked(const Matrix& w)
         : w(w), chunks(w.padded() / CHUNK), a_group(w.groups() == 1 ? chunks : w.group / CHUNK),
           codes(room<uint8_t>(0, PANEL_BYTES)), scale(room<F>(1, w.groups() * 4)),
           offset(scale + w.groups() * 2) {}
@@ -98,7 +98,7 @@ inline __m512i dots(__m512i acc, __m512i w, __m512i x) {
 
 // What the columns of the panel add to y[r][e], of row m + r of the input and block e.
 template <bool WIDE, int COUNT>
-void add_columns(const Panel<WIDE>& p, const Input& in, int m, F (&y)[COUNT][2]) {
+void add_columns(const Unpacked<WIDE>& p, const Input& in, int m, F (&y)[COUNT][2]) {
     constexpr int WIDTH = WIDE ? 64 : 32;  // bytes of 32 columns of a row
     const int64_t blocks = in.blocks(), row = blocks * WIDTH;
     const auto* x = (WIDE ? (const uint8_t*)in.wide : (const uint8_t*)in.q) + m * row + p.from * WIDTH;
@@ -132,7 +132,7 @@ void add_columns(const Panel<WIDE>& p, const Input& in, int m, F (&y)[COUNT][2])
 
 // What zero-points and the bias add; where the input has one, see linear.cpp.
 template <bool WIDE, int COUNT>
-void finish(const Panel<WIDE>& p, const Input& in, int m, const float* bias, F (&y)[COUNT][2]) {
+void finish(const Unpacked<WIDE>& p, const Input& in, int m, const float* bias, F (&y)[COUNT][2]) {
     const int64_t blocks = in.blocks();
     if (p.has_offset()) {
         const float* total = in.total + m * blocks;
@@ -157,7 +157,7 @@ void finish(const Panel<WIDE>& p, const Input& in, int m, const float* bias, F (
 }
 
 template <bool WIDE, int COUNT>
-void some_rows(const Panel<WIDE>& p, const Input& in, int m, float* y, int64_t stride, const float* bias) {
+void some_rows(const Unpacked<WIDE>& p, const Input& in, int m, float* y, int64_t stride, const float* bias) {
     F sums[COUNT][2] = {};
     const auto each = [&](auto&& body) {
         for (int e = 0; e < p.width; e++) {
@@ -174,18 +174,18 @@ void some_rows(const Panel<WIDE>& p, const Input& in, int m, float* y, int64_t s
 template <bool WIDE>
 void all_rows(const Matrix& w, const Input& in, int first, int last, float* y, int64_t stride,
               const float* bias) {
-    Panel<WIDE> panel(w);
+    Unpacked<WIDE> unpacked(w);
     const int together = std::max(4, INPUT_BYTES / (in.padded * (WIDE ? 2 : 1) * ROWS)) * ROWS;
     for (int from = 0; from < in.rows; from += together) {
         const int to = std::min(from + together, in.rows);
         for (int n = first; n < last; n += 2) {
-            panel.start(n, std::min(2, last - n));
-            for (int t = 0; t < panel.chunks; t += panel.MOST) {
-                panel.take(t);
+            unpacked.start(n, std::min(2, last - n));
+            for (int t = 0; t < unpacked.chunks; t += unpacked.MOST) {
+                unpacked.take(t);
                 int m = from;
-                for (; m + ROWS <= to; m += ROWS) some_rows<WIDE, ROWS>(panel, in, m, y, stride, bias);
-                for (; m + 2 <= to; m += 2) some_rows<WIDE, 2>(panel, in, m, y, stride, bias);
-                for (; m < to; m++) some_rows<WIDE, 1>(panel, in, m, y, stride, bias);
+                for (; m + ROWS <= to; m += ROWS) some_rows<WIDE, ROWS>(unpacked, in, m, y, stride, bias);
+                for (; m + 2 <= to; m += 2) some_rows<WIDE, 2>(unpacked, in, m, y, stride, bias);
+                for (; m < to; m++) some_rows<WIDE, 1>(unpacked, in, m, y, stride, bias);
             }
         }
     }

@@ -190,6 +190,14 @@ def test_blocks_of_inputs(level: str, mode: int) -> None:
     check(case, inputs(m, columns, 3, 0.0), native.How(mode, 0.03, 121, 3.0), level)
 
 
+@pytest.mark.parametrize("zeros", bounds.ZERO_POINTS)
+@pytest.mark.parametrize("mode", [native.EXACT, native.INT8_BLOCK])
+def test_columns_in_parts(level: str, mode: int, zeros: str) -> None:
+    """So many columns that the unpacked codes of a pair of blocks are taken in parts."""
+    case = bounds.affine(40, 16448, 4, 96, zeros=zeros, wide=False, seed=4)
+    check(case, inputs(19, 16448, 5, 1.0), native.How(mode), level)
+
+
 @pytest.mark.parametrize("mode", [native.EXACT, native.INT8_BLOCK, *W8A8])
 def test_threads_do_not_change_a_bit(level: str, mode: int) -> None:
     case = bounds.affine(200, 160, 8, 0, zeros="middle", wide=False, seed=4)
