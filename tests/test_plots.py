@@ -404,7 +404,7 @@ def test_answers_ring_the_first_other_token_and_tint_the_rest() -> None:
     assert re.search(r"the sea <mark class=\"ql-first\"[^>]*>was</mark>", html)
     assert '<span class="ql-after"> red</span>' in html
     assert "Token 3: the first that differs. The original has “␣is” here." in html
-    assert "2 of 4 tokens shared" in html
+    assert "tokens shared: 2 of 4" in html
 
 
 def test_equal_answers_are_said_to_be_equal() -> None:
