@@ -84,6 +84,14 @@ def room(rows: int, columns: int) -> Tensor:
     return made
 
 
+def bytes_like(data: Tensor) -> Tensor:
+    """A copy of uint8 `data` on pages of its own, large ones where the system has them, as packed
+    weights are."""
+    made = native.own_pages(data.numel()).view(data.shape)
+    native.native().library.ql_prefer_huge_pages(c_void_p(made.data_ptr()), c_int64(made.nbytes))
+    return made.copy_(data)
+
+
 def mode_for(how: native.How, rows: int, bits: int) -> int:
     """The mode (`native.EXACT` and the others) that really runs for so many rows."""
     return int(native.native().library.ql_mode_for(how.mode, rows, 0, bits))
@@ -92,6 +100,8 @@ def mode_for(how: native.How, rows: int, bits: int) -> int:
 def copy_of(matrix: native.Matrix) -> native.Matrix:
     """The same weight in memory of its own."""
     tensors = {name: tensor.clone() for name, tensor in matrix.tensors.items()}
+    codes = tensors["codes"]
+    tensors["codes"] = bytes_like(codes.view(torch.uint8)).view(codes.dtype).view(codes.shape)
     made = native.Matrix(matrix.rows, matrix.columns, matrix.bits, tensors)
     for name in ("group", "wide_scales", "zero"):
         setattr(made.record, name, getattr(matrix.record, name))

@@ -81,7 +81,7 @@ def gemv(threads: int, group_size: int, quick: bool) -> dict[str, dict[str, Any]
     `q4/THREADS`, and `q4-exact/THREADS` for float32 inputs."""
     torch.set_num_threads(threads)
     total = LEAST_BYTES // 16 if quick else working_set()
-    data = torch.ones(total, dtype=torch.uint8)
+    data = native_probe.bytes_like(torch.ones(total, dtype=torch.uint8))
     found: dict[str, dict[str, Any]] = {}
     for bits in GEMV_BITS:
         matrices = enough(bits, group_size, total, quick)
