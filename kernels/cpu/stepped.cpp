@@ -1,6 +1,7 @@
 // The product of many rows on vectors where inputs have a step for every 32 columns: int8, or two bytes as
-// one int16 ("exact"). Two blocks of the weight are unpacked, and as many rows of the input as the second
-// cache holds beside them pass by, six at a time: their sums by 32 outputs stay in registers.
+// one int16 ("exact"). Two blocks of the weight are unpacked, and the rows of the input pass by, six at a
+// time: their sums by 32 outputs stay in registers. The sizes below were measured (LOG.md); parts that fit
+// the first or second cache were slower.
 #include <algorithm>
 
 #include "linear.h"
