@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, Page, expect, sync_playwright
 
 from tests.tiny import saved
 
@@ -28,6 +28,8 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--no-first-run",
 ]
+OPENED: list[Tab] = []
+"""Every tab that a test of this process has opened."""
 PATIENCE = 90_000
 """Milliseconds to wait for the page: another test may hold the other core."""
 
@@ -41,6 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
+    """Where a step failed, the report tells what was in view: of a run on another machine, there
+    is nothing else to look at."""
+    report = yield
+    if report.failed and report.when == "call":
+        report.sections += [("a page then open", tab.told()) for tab in OPENED if tab.is_open()]
+    return report
 
 
 def free_port() -> int:
@@ -147,9 +159,32 @@ class Tab:
         self.page = page
         self.app = app
         self.problems: list[str] = []
+        self.diary: list[str] = []
+        """What the browser did by itself, for `told`."""
         page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("request", lambda request: self._local(request.url))
+        page.on("crash", lambda _: self._note("crashed"))
+        page.on("load", lambda _: self._note("loaded"))
+        page.on("console", lambda said: self._note(f"{said.type}: {said.text}"))
+        page.on("requestfailed", lambda one: self._note(f"failed: {one.url}: {one.failure}"))
+        OPENED.append(self)
+
+    def _note(self, what: str) -> None:
+        self.diary.append(f"{time.strftime('%X')} {what[:300]}")
+
+    def is_open(self) -> bool:
+        return not self.page.is_closed()
+
+    def told(self) -> str:
+        """What is in view, and what the browser noted last: for the report of a failed test."""
+        try:
+            chosen = self.page.locator('[role="tab"][aria-selected="true"]').all_inner_texts()
+            shown = " ".join(self.page.evaluate("document.body.innerText").split())
+        except Error as error:
+            chosen, shown = [], str(error)
+        lines = [self.page.url, f"chosen tabs: {chosen}", *self.diary[-40:], shown[:3000]]
+        return "\n".join([*lines, *(f"problem: {one}" for one in self.problems)])
 
     def _local(self, url: str) -> None:
         if not url.startswith((self.app.url, "data:", "blob:")):
