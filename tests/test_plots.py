@@ -163,6 +163,21 @@ def test_the_original_is_left_out_of_divergence() -> None:
     assert set(drawn) == {"RTN 4-bit", "GPTQ 4-bit", "SmoothQuant 8-bit"}
 
 
+def test_a_figure_without_values_says_so_instead_of_drawing_axes() -> None:
+    alone = [one for one in default_records() if one.method == "bf16"]
+    simulated = [one for one in default_records() if one.execution == "simulated"]
+    assert alone
+    assert simulated
+    for figure in (figures.kl_bits(alone), figures.speed(simulated)):
+        assert not figure.data
+        (note,) = figure.layout.annotations
+        assert note.text == "No finished variant has these values yet."
+        axes = [figure.layout[name] for name in figure.layout if name[1:].startswith("axis")]
+        assert len(axes) >= 2
+        assert all(axis.visible is False for axis in axes)
+    assert all(f(default_records()).layout.xaxis.visible is None for f in figures.FIGURES.values())
+
+
 def test_axis_turns_logarithmic_only_when_a_variant_explodes() -> None:
     calm = figures.perplexity_size(default_records())
     assert calm.layout.yaxis.type == "linear"

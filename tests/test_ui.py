@@ -414,23 +414,27 @@ def test_run_queues_once_and_says_so(
 ) -> None:
     monkeypatch.setattr(actions.pipeline, "validate", lambda spec: None)
     values = form.defaults()
-    first = actions.start(ENGLISH, "", actions.Refused(), *(values[name] for name in form.FIELDS))
+    first = actions.start(ENGLISH, "", actions.Pressed(), *(values[name] for name in form.FIELDS))
     again = actions.start(
-        ENGLISH, first[0], actions.Refused(), *(values[name] for name in form.FIELDS)
+        ENGLISH, first[0], actions.Pressed(), *(values[name] for name in form.FIELDS)
     )
     assert again[0] == first[0]
     assert "already" in again[1 + form.PLACES.index("run")]
     other = values | {"seed": 1}
-    queued = actions.start(
-        ENGLISH, first[0], actions.Refused(), *(other[name] for name in form.FIELDS)
-    )
+    pressed = actions.Pressed()
+    queued = actions.start(ENGLISH, first[0], pressed, *(other[name] for name in form.FIELDS))
     assert "Queued" in queued[1 + form.PLACES.index("run")]
     assert len(at.queue.waiting()) == 2
+    # The message goes when it is no longer true, once.
+    assert not pressed.outdated()
+    at.queue.cancel(at.queue.waiting()[1])
+    assert pressed.outdated()
+    assert not pressed.outdated()
 
 
 def test_bad_input_queues_nothing(at: services.Services) -> None:
     values = form.defaults() | {"model": "/no/such/folder"}
-    refused = actions.Refused()
+    refused = actions.Pressed()
     told = actions.start(ENGLISH, "", refused, *(values[name] for name in form.FIELDS))
     place = form.PLACES.index("model")
     assert "no such file or folder" in told[1 + place]

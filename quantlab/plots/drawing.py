@@ -90,6 +90,21 @@ def _panels(rows: int, columns: int, options: tuple[tuple[str, Any], ...]) -> go
     return made
 
 
+def nothing(figure: go.Figure, say: Words, dark: bool) -> None:
+    """Say that there is nothing to draw yet, in place of axes without values."""
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_annotation(
+        text=say("figure_nothing"),
+        x=0.5,
+        y=0.5,
+        xref="paper",
+        yref="paper",
+        showarrow=False,
+        font={"size": 12, "color": palette.MUTED[dark]},
+    )
+
+
 def scatter(
     figure: go.Figure,
     shown: Sequence[ResultRecord],
@@ -101,6 +116,7 @@ def scatter(
 ) -> None:
     """One labelled point a record, with its interval; a logarithmic axis where values explode."""
     if not points:
+        nothing(figure, say, dark)
         return
     heights = [y for _, y in points if y > 0 and math.isfinite(y)]
     logarithmic = bool(heights) and max(heights) / min(heights) > spread

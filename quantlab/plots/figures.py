@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from quantlab.plots import numbers, palette
 from quantlab.plots.curves import trained, training
-from quantlab.plots.drawing import bar_height, bars, canvas, panels, scatter
+from quantlab.plots.drawing import bar_height, bars, canvas, nothing, panels, scatter
 from quantlab.plots.words import words
 from quantlab.results import ResultRecord
 
@@ -89,6 +89,10 @@ def speed(
         subtitle,
         panels(1, 2, shared_yaxes=True, horizontal_spacing=0.08),
     )
+    figure.update_layout(height=bar_height(len(finished(records))))
+    if not shown:
+        nothing(figure, say, dark)
+        return figure
     names = [palette.short(r) for r in shown]
     for column, field in ((1, "decode_tokens_per_second"), (2, "prefill_tokens_per_second")):
         values = [getattr(r, field) for r in shown]
@@ -96,7 +100,6 @@ def speed(
     figure.update_xaxes(nticks=4, tickangle=0)
     figure.update_xaxes(title_text=say("axis_decode"), col=1)
     figure.update_xaxes(title_text=say("axis_prefill"), col=2)
-    figure.update_layout(height=bar_height(len(finished(records))))
     return figure
 
 

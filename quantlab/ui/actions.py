@@ -14,6 +14,7 @@ from quantlab import pipeline
 from quantlab.errors import QuantLabError
 from quantlab.plots import numbers
 from quantlab.plots.templates import render
+from quantlab.runs import ACTIVE
 from quantlab.types import Estimate
 from quantlab.ui import form, options, variants
 from quantlab.ui.client import Client
@@ -80,16 +81,32 @@ def no_estimate(client: Client) -> str:
 
 
 @dataclass
-class Refused:
-    """What Run said last of a form, in one browser tab; None where it took it. It is shared by the
-    events of the tab as they run, so that a look that began before Run was pressed and ends later
-    does not take the message away."""
+class Pressed:
+    """What Run said last in one browser tab. It is shared by the events of the tab as they run, so
+    that a look that began before Run was pressed and ends later does not take the message away.
+
+    `error` is why it refused `form`, None where it took it; then `run` is the run that the message
+    tells of, for as long as that run's status is one of `told`."""
 
     form: dict[str, Any] | None = None
     error: QuantLabError | None = None
+    run: str = ""
+    told: tuple[str, ...] = ()
+
+    def outdated(self) -> bool:
+        """Whether the message tells of a run that has gone on since; then it is forgotten."""
+        if not self.run:
+            return False
+        try:
+            if services().store.run_head(self.run).status in self.told:
+                return False
+        except QuantLabError:
+            pass  # Deleted.
+        self.run = ""
+        return True
 
 
-def look(client: Client, refused: Refused, *values: Any) -> list[Any]:
+def look(client: Client, pressed: Pressed, *values: Any) -> list[Any]:
     """The form has changed: estimate it again, keep it in the browser, show what is wrong. What Run
     refused stays refused until something is changed."""
     data = dict(zip(form.FIELDS, values, strict=True))
@@ -99,8 +116,8 @@ def look(client: Client, refused: Refused, *values: Any) -> list[Any]:
         shown = estimate_html(client, pipeline.estimate(spec))
     except QuantLabError as error:
         shown, problem = no_estimate(client), error
-    if problem is None and data == refused.form:
-        problem = refused.error
+    if problem is None and data == pressed.form:
+        problem = pressed.error
     messages = placed(problem, client)
     at_run = form.PLACES.index("run")
     if not messages[at_run]:  # What the Run button said last stays until it is pressed again.
@@ -108,28 +125,32 @@ def look(client: Client, refused: Refused, *values: Any) -> list[Any]:
     return [shown, data, *messages]
 
 
-def start(client: Client, run_id: str, refused: Refused, *values: Any) -> list[Any]:
+def start(client: Client, run_id: str, pressed: Pressed, *values: Any) -> list[Any]:
     """Queue the comparison of the form; an error stays beside the control it is about."""
     say = client.say
-    refused.form, refused.error = dict(zip(form.FIELDS, values, strict=True)), None
+    pressed.form, pressed.error = dict(zip(form.FIELDS, values, strict=True)), None
     try:
-        spec = form.spec_of(refused.form, say)
+        spec = form.spec_of(pressed.form, say)
         pipeline.validate(spec)
         queue = services().queue
         before = {queue.active(), *queue.waiting()} - {None}
         new = queue.submit(spec)
         view = queue.view(new)
     except QuantLabError as error:
-        refused.error = error
+        pressed.error, pressed.run = error, ""
         return [gr.skip(), *placed(error, client)]
+    shown: Any = new
+    told: tuple[str, ...] = ACTIVE
     if new in before:
-        return [new, *placed(None, client, say("run_same", status=say(f"status_{view.status}")))]
-    if before:
+        note, told = say("run_same", status=say(f"status_{view.status}")), (view.status,)
+    elif before:
         # Whoever watches the running one goes on watching it; the queue shows the new one.
         shown = gr.skip() if run_id in before else new
-        note = say("run_queued", position=max(view.position, 1))
-        return [shown, *placed(None, client, note)]
-    return [new, *placed(None, client, say("run_started"))]
+        note, told = say("run_queued", position=max(view.position, 1)), ("queued",)
+    else:
+        note = say("run_started")
+    pressed.run, pressed.told = new, told
+    return [shown, *placed(None, client, note)]
 
 
 def cancel(run_id: str) -> None:

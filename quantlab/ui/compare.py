@@ -30,6 +30,7 @@ class Compare:
     estimate: Any = None
     saved: Any = None
     run: Any = None
+    pressed: Any = None
 
 
 def build(shared: Shared) -> Compare:
@@ -246,10 +247,10 @@ def _connect(tab: Compare, shared: Shared) -> None:
     inputs = [tab.inputs[name] for name in form.FIELDS]
     places = [tab.messages[place] for place in form.PLACES]
     accordions = [tab.accordions[name] for name in ("texts", "prompts", "advanced")]
-    refused = gr.State(actions.Refused())
+    tab.pressed = gr.State(actions.Pressed())
     looking = (
         actions.look,
-        [shared.client, refused, *inputs],
+        [shared.client, tab.pressed, *inputs],
         [tab.estimate, tab.saved, *places, *accordions],
     )
     gr.on(
@@ -267,7 +268,7 @@ def _connect(tab: Compare, shared: Shared) -> None:
     )
     started = tab.run.click(
         actions.start,
-        [shared.client, shared.run_id, refused, *inputs],
+        [shared.client, shared.run_id, tab.pressed, *inputs],
         [shared.run_id, *places, *accordions],
         **BUSY,
     )

@@ -9,6 +9,7 @@ import gradio as gr
 
 from quantlab.plots.words import NAMES
 from quantlab.ui import (
+    actions,
     advisor,
     compare,
     form,
@@ -75,11 +76,18 @@ def build() -> gr.Blocks:
         inputs = [compare_tab.inputs[name] for name in form.FIELDS]
 
         def tick(
-            client: Client, run_id: str, painted: dict[str, str], fork: str, opened: bool
+            client: Client,
+            run_id: str,
+            painted: dict[str, str],
+            fork: str,
+            opened: bool,
+            pressed: actions.Pressed,
         ) -> dict[Any, Any]:
             wanted = {WANTED: "yes"} if opened else {}
             painting = paint(client, run_id, painted | wanted, fork)
             changed = {pieces[name]: value for name, value in painting.changed.items()}
+            if pressed.outdated():
+                changed[notice] = ""
             return changed | {shared.painted: painting.marks}
 
         def arrive(told: str, saved: object) -> dict[Any, Any]:
@@ -121,7 +129,7 @@ def build() -> gr.Blocks:
             **BUSY,
         )
         language.input(None, language, None, js="(code) => window.quantlab.setLanguage(code)")
-        probe.look(tick, watched, shown, **QUIET)
+        probe.look(tick, [*watched, compare_tab.pressed], [*shown, notice], **QUIET)
         pieces["timer"].tick(None, None, None, js="() => window.quantlab.tick()", **QUIET)
         learn_tab.arrive(probe.linked, tabs)
         for event in [told_anew, learn_page.select(lambda: None, **QUIET)]:

@@ -55,6 +55,7 @@ def test_a_comparison_runs_with_progress_to_results(tab: Tab, model: Path) -> No
     tab.status("Finished")
     lines = tab.remembered_progress()
     assert any(re.fullmatch(r"(BF16|RTN 4-bit) · .*", line) for line in lines), lines
+    expect(tab.find("#message-run")).to_have_text("")
     expect(tab.find("#progress")).to_contain_text("2 of 2 variants measured")
     expect(tab.find("#cancel")).to_be_hidden()
     for variant in ("bf16", "rtn:4"):
