@@ -10,7 +10,8 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Browser, expect
 
-from tests.browser.conftest import ROOT, App, Tab
+from tests.browser.app import ROOT, App
+from tests.browser.tab import Tab
 
 pytestmark = pytest.mark.browser
 

@@ -21,7 +21,8 @@ from quantlab.store import Store
 from quantlab.types import Generation, RunSpec, VariantSpec
 from quantlab.ui import advisor, inspection_api
 from quantlab.ui.lessons import api
-from tests.browser.conftest import ROOT, App, Tab
+from tests.browser.app import ROOT, App
+from tests.browser.tab import Tab
 from tests.records import failed, record
 
 pytestmark = pytest.mark.browser

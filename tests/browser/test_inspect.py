@@ -22,7 +22,8 @@ from quantlab.plots import numbers
 from quantlab.store import Store
 from quantlab.texts import ASSETS
 from quantlab.types import RunSpec, VariantSpec
-from tests.browser.conftest import PATIENCE, ROOT, App, Tab
+from tests.browser.app import ROOT, App
+from tests.browser.tab import PATIENCE, Kept, Tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("inspect")]
 
@@ -60,18 +61,16 @@ class Page(Tab):
 
 
 @pytest.fixture(scope="module")
-def page(chromium: Browser, app: App) -> Iterator[Page]:
-    """One browser tab for all views, opened once."""
-    context = chromium.new_context(
-        viewport={"width": 1440, "height": 1000}, locale="en-US", reduced_motion="reduce"
-    )
-    opened = Page(context.new_page(), app)
-    opened.open()
-    opened.show("Inspect")
-    yield opened
-    problems = opened.problems
-    context.close()
-    assert problems == []
+def kept(chromium: Browser, app: App) -> Iterator[Kept[Page]]:
+    kept = Kept(chromium, app, Page, "Inspect")
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def page(kept: Kept[Page], request: pytest.FixtureRequest) -> Iterator[Page]:
+    """One browser tab for all views."""
+    yield from kept.lend(request)
 
 
 def number(text: str) -> float:
@@ -191,7 +190,7 @@ def test_outliers(page: Page) -> None:
 
 
 def test_layers(page: Page) -> None:
-    page.page.get_by_role("tab", name="Layer by linear").click()
+    page.show("Layer by linear")
     kl = json.loads((SHIPPED / "kl-4.json").read_text("utf-8"))
     expect(page.find("#inspect-map [data-act]")).to_have_count(210)
     for name in (NAME, "29.mlp.up_proj", "0.self_attn.q_proj"):
@@ -221,6 +220,9 @@ def test_layers(page: Page) -> None:
 
 
 def test_more_bits_go_to_the_form(page: Page) -> None:
+    page.show("Layer by linear")
+    page.cell("map", "29.mlp.up_proj").click()
+    expect(page.cell("map", "29.mlp.up_proj")).to_have_attribute("aria-pressed", "true")
     page.find("#inspect-raise").click()
     said = page.find("#inspect-raised")
     expect(said).to_contain_text("29.mlp.up_proj has 8 bits")
@@ -284,15 +286,15 @@ def test_a_model_of_ones_own(
     expect(page.find("#inspect-cancel")).to_be_visible()
     expect(page.find("#inspect-progress")).to_contain_text("Linears ready: 14")
     expect(page.find("#inspect-origin")).to_contain_text("your model")
-    page.page.get_by_role("tab", name="Layer by linear").click()
+    page.show("Layer by linear")
     expect(page.find("#inspect-map [data-act]")).to_have_count(14)
     page.cell("map", "1.mlp.down_proj").click()
-    page.page.get_by_role("tab", name="Activation outliers").click()
+    page.show("Activation outliers")
     expect(page.cell("peaks", "1.mlp.down_proj")).to_have_attribute("aria-pressed", "true")
     # bfloat16 products move a sum a little, and logarithms in 8 bits some tenths of a percent.
     shows(page.fact("outlier", "peak"), largest_input(model, "model.layers.1.mlp.down_proj"), 0.02)
     expect(page.find("#inspect-note")).to_contain_text("Real values")
-    page.page.get_by_role("tab", name="Layer by linear").click()
+    page.show("Layer by linear")
     page.choose("bits", "3")
     expect(page.find("#inspect-map")).to_contain_text("Nothing was measured")
     page.section("inspect-measure")

@@ -17,7 +17,8 @@ from quantlab.runs import ACTIVE, Run
 from quantlab.store import Store
 from quantlab.types import Generation
 from quantlab.variants import open_runner, read_about
-from tests.browser.conftest import PATIENCE, App, Tab
+from tests.browser.app import App
+from tests.browser.tab import PATIENCE, Tab
 from tests.browser.test_outputs import HOSTILE, again, keep, looks
 
 pytestmark = pytest.mark.browser

@@ -16,7 +16,8 @@ from playwright.sync_api import Browser, Locator, expect
 from quantlab.learn import material, quiz, records
 from quantlab.learn.material import Slice
 from quantlab.ui.lessons import LESSONS
-from tests.browser.conftest import PATIENCE, ROOT, App, Tab
+from tests.browser.app import ROOT, App
+from tests.browser.tab import PATIENCE, Kept, Tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("learn")]
 
@@ -73,19 +74,18 @@ class Page(Tab):
 
 
 @pytest.fixture(scope="module")
-def page(chromium: Browser, app: App) -> Iterator[Page]:
-    """One browser tab for all walkthroughs, opened once."""
-    context = chromium.new_context(
-        viewport={"width": 1440, "height": 1000}, locale="en-US", reduced_motion="reduce"
-    )
-    opened = Page(context.new_page(), app)
-    opened.open()
-    opened.show("Learn")
-    expect(opened.find("#learn-nav button")).to_have_count(len(LESSONS))
-    yield opened
-    problems = opened.problems
-    context.close()
-    assert problems == []
+def kept(chromium: Browser, app: App) -> Iterator[Kept[Page]]:
+    kept = Kept(chromium, app, Page, "Learn")
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def page(kept: Kept[Page], request: pytest.FixtureRequest) -> Iterator[Page]:
+    """One browser tab for all walkthroughs."""
+    for opened in kept.lend(request):
+        expect(opened.find("#learn-nav button")).to_have_count(len(LESSONS))
+        yield opened
 
 
 @pytest.fixture(scope="module")

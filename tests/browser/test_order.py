@@ -8,7 +8,8 @@ from pathlib import Path
 from playwright.sync_api import Route, expect
 
 from quantlab.store import Store
-from tests.browser.conftest import App, Tab
+from tests.browser.app import App
+from tests.browser.tab import Tab
 
 
 def test_a_tab_opened_before_the_page_arrived_speaks_the_language_too(tab: Tab) -> None:

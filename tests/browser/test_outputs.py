@@ -14,7 +14,8 @@ from playwright.sync_api import Browser, Page, expect
 from quantlab.results import ResultRecord
 from quantlab.store import Store
 from quantlab.types import Generation
-from tests.browser.conftest import ROOT, App, Tab
+from tests.browser.app import ROOT, App
+from tests.browser.tab import Tab
 
 pytestmark = pytest.mark.browser
 

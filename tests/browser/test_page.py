@@ -12,7 +12,8 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from quantlab.store import Store
-from tests.browser.conftest import App, Tab
+from tests.browser.app import App
+from tests.browser.tab import Tab
 
 pytestmark = pytest.mark.browser
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.browser.conftest import App, Tab
+from tests.browser.app import App
+from tests.browser.tab import Tab
 
 pytestmark = pytest.mark.browser
 

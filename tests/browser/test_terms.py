@@ -9,7 +9,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, expect
 
 from quantlab.plots.words import words
-from tests.browser.conftest import PATIENCE, App, Tab
+from tests.browser.app import App
+from tests.browser.tab import PATIENCE, Tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("terms")]
 
