@@ -98,6 +98,33 @@
     };
   }
 
+  // Answers that are on their way at the same time arrive in any order, and Gradio paints each piece
+  // by piece. Where answers for a place have crossed, it is painted once more when all have come.
+  const places = {};
+  const place = (id) => (places[id] ??= { open: 0, crossed: false, patience: null, again: null });
+  function ask(id) {
+    const own = place(id);
+    own.open += 1;
+    own.crossed ||= own.open > 1;
+    clearTimeout(own.patience);
+    own.patience = setTimeout(() => {
+      own.open = 1;
+      told(id); // Of what ends in an error nobody may be told.
+    }, 20000);
+  }
+  function told(id) {
+    const own = place(id);
+    own.open = Math.max(0, own.open - 1);
+    if (own.open) return;
+    clearTimeout(own.patience);
+    if (own.crossed) setTimeout(() => own.again?.(), 0);
+    own.crossed = false;
+  }
+  // The component whose event `again` paints these places.
+  function again(ids, trigger) {
+    for (const id of ids) place(id).again = () => trigger("again", {});
+  }
+
   // Have the page painted as it is now: by the timer unless a look is on its way, and after what a
   // person did in any case. One look at a time, so that no older answer follows a newer one.
   function look() {
@@ -555,5 +582,5 @@
     });
   }
 
-  window.quantlab = { inLine, answered, look, tick, arrived, lesson, cells, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal, tokens };
+  window.quantlab = { inLine, answered, ask, told, again, look, tick, arrived, lesson, cells, followLesson, download, client, watchClient, setLanguage, followRun, table, forward, chips, options, message, reveal, tokens };
 })();

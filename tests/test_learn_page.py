@@ -19,7 +19,6 @@ from quantlab.plots.terms import paragraphs
 from quantlab.plots.words import translations, words
 from quantlab.ui import learn, learn_step
 from quantlab.ui.client import Client
-from quantlab.ui.latest import Latest
 from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson, Scene, Step
 from quantlab.ui.shared import Shared
@@ -145,7 +144,7 @@ def answered(lesson: str, name: str, value: str, **changes: Any) -> list[Any]:
     event = SimpleNamespace(_data={"value": value})
     state = changes.pop("state", {})
     given = [changes.get(control.name, control.value) for control in step.controls]
-    return act(event, Latest(), Client(), "", {"file": "", "layer": ""}, state, *given)
+    return act(event, Client(), "", {"file": "", "layer": ""}, state, *given)
 
 
 def test_a_flipped_bit_becomes_the_value() -> None:
@@ -216,75 +215,6 @@ def tab() -> learn.Learn:
             return learn.build(Shared(*states))
 
     return built(build)
-
-
-NOWHERE = {"file": "", "layer": ""}
-
-
-def opened(tab: learn.Learn, latest: Latest, number: int) -> dict[Any, Any]:
-    """The answer to the event that opens this step of the first lesson."""
-    states = [dict(lesson.start) for lesson in LESSONS.values()]
-    controls = [one.value for stage in tab.all_stages for one in stage.controls]
-    where = {"lesson": learn.FIRST, "steps": {learn.FIRST: number}}
-    return tab._paint(latest, Client(), "", NOWHERE, where, *states, *controls)
-
-
-def overtaking(monkeypatch: pytest.MonkeyPatch, newer: Callable[[], Any]) -> list[Any]:
-    """While the first answer is computed, `newer` is asked and answered; its answer."""
-    answers: list[Any] = []
-    real = learn.moved
-
-    def slow(*given: Any) -> list[Any]:
-        if not answers:
-            answers.append(None)
-            answers[0] = newer()
-        return real(*given)
-
-    monkeypatch.setattr(learn, "moved", slow)
-    return answers
-
-
-def test_a_late_answer_leaves_the_newer_steps_frame(
-    tab: learn.Learn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The list of lessons and the address would be those of the step before."""
-    latest = Latest()
-    newer = overtaking(monkeypatch, lambda: opened(tab, latest, 2))
-    late = opened(tab, latest, 1)
-    assert 'data-step="2"' in newer[0][tab.nav]
-    assert late[tab.nav] == late[tab.source.origin] == gr.skip()
-    first, second = tab.stages[learn.FIRST][:2]
-    assert "<h3>" in late[first.text], "which nobody else paints"
-    assert "<h3>" in newer[0][second.text]
-    assert 'data-step="1"' in opened(tab, latest, 1)[tab.nav], "not late any more"
-
-
-def test_a_late_answer_leaves_what_was_moved_meanwhile(
-    tab: learn.Learn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step is still being opened when its value is typed; then the same with a flipped bit."""
-    latest, stage = Latest(), tab.stages["formats"][0]
-    move, act = learn._moving(stage), learn._answering(stage)
-    newer = overtaking(
-        monkeypatch, lambda: move(latest, Client(), "", NOWHERE, {}, "12345", 0, "absmax")
-    )
-    late = opened(tab, latest, 1)
-    assert 'data-value="12345.0"' in newer[0][1]
-    assert 'data-step="1"' in late[tab.nav]
-    assert not late.keys() & set(stage.outputs)
-
-    newer = overtaking(
-        monkeypatch, lambda: move(latest, Client(), "", NOWHERE, {}, "12345", 0, "absmax")
-    )
-    event = SimpleNamespace(_data={"value": "flip:bf16:0"})
-    kept, value, _, _, *shown = act(event, latest, Client(), "", NOWHERE, {}, "1.5", 0, "absmax")
-    assert (kept, float(value)) == ({}, -1.5)
-    assert shown == [gr.skip()] * len(stage.outputs)
-
-    newer = overtaking(monkeypatch, lambda: opened(tab, latest, 1))
-    late_move = move(latest, Client(), "", NOWHERE, {}, "12345", 0, "absmax")
-    assert stage.text in newer[0]
-    assert late_move == [gr.skip()] * len(stage.outputs)
 
 
 def test_a_tick_paints_nothing_but_another_models_slices(tab: learn.Learn) -> None:

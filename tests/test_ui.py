@@ -172,6 +172,14 @@ def test_twins_are_refused() -> None:
         variants.add(chips("gptq:4"), "gptq", "4", SAY)
 
 
+def test_the_kind_of_the_method_before_counts_as_none() -> None:
+    """Add was pressed before the browser knew what kinds the method chosen last has."""
+    (added,) = variants.add([], "gguf", "4", SAY)
+    assert added == variants.add([], "gguf", "q4_k_m", SAY)[0] | {"uid": added["uid"]}
+    (added,) = variants.add([], "smoothquant", "q4_k_m", SAY)
+    assert (added["method"], added["bits"]) == ("smoothquant", 8)
+
+
 def test_an_option_changes_one_variant_and_can_be_undone() -> None:
     data = chips("gptq:4", "gptq:3")
     uid = data[0]["uid"]

@@ -84,6 +84,10 @@ def _form(tab: Compare, shared: Shared) -> None:
                 variants.kind_choices(first),
                 value=variants.default_kind(first),
                 label=i18n("add_bits"),
+                # Gradio itself would refuse, in a toast, what the method before this one had and
+                # the browser still shows; `variants.add` knows what to do with it.
+                filterable=False,
+                allow_custom_value=True,
                 elem_id="add-bits",
                 min_width=80,
                 scale=2,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -20,6 +21,7 @@ from quantlab.inspection.survey import WIDTHS
 from quantlab.plots import palette
 from quantlab.ui import calibration_lab, inspection_api, options
 from quantlab.ui import inspection_views as views
+from quantlab.ui.asking import ask
 from quantlab.ui.client import Client
 from quantlab.ui.inspection_causal import RAISED, build_measuring, raised
 from quantlab.ui.inspection_painting import layers, moved, origin, outliers
@@ -54,16 +56,26 @@ class Inspect:
     def redraw(self, event: Any) -> None:
         """After `event` (the tab was opened, another linear chosen) paint everything."""
         for name, draw in DRAWN:
-            event.then(draw, self.inputs(name), self.painted(name, every=True), **QUIET)
+            self.paint(name, event.then, draw, **QUIET)
+
+    def paint(
+        self,
+        view: str,
+        listen: Callable[..., Any],
+        draw: Callable[..., list[Any]],
+        *,
+        every: bool = True,
+        **settings: Any,
+    ) -> None:
+        """Paint a view by `draw` when what `listen` connects happens; without `every` not what
+        only another linear changes."""
+        still = () if every else VIEWS[view].still
+        outputs = [self.outputs[one] for one in VIEWS[view].outputs if one not in still]
+        ask(f"inspect-{view}", listen, draw, self.inputs(view), outputs, **settings)
 
     def inputs(self, view: str) -> list[Any]:
         controls = VIEWS[view].controls
         return [self.shared.client, self.source.chosen, *(self.controls[one] for one in controls)]
-
-    def painted(self, view: str, *, every: bool) -> list[Any]:
-        """What a view fills; without `every` not what only another linear changes."""
-        still = () if every else VIEWS[view].still
-        return [self.outputs[one] for one in VIEWS[view].outputs if one not in still]
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def build(shared: Shared) -> Inspect:
                 seen = build_measuring(shared, source.chosen, tab.controls["bits"])
             with gr.Tab(i18n("lab"), id="lab", elem_id="inspect-tab-lab") as lab:
                 tab.pieces = calibration_lab.build(shared, lab)
-    seen.change(layers, tab.inputs("layers"), tab.painted("layers", every=True), **MOVING)
+    tab.paint("layers", seen.change, layers, **MOVING)
     _connect(tab)
     for function in inspection_api.FUNCTIONS:
         offer(function, api_name=function.__name__, queue=False)
@@ -208,20 +220,16 @@ def _connect(tab: Inspect) -> None:
     source = tab.source
     for name, draw in (("outliers", moved), ("layers", layers)):
         controls = [tab.controls[one] for one in VIEWS[name].controls]
-        gr.on(
-            [control.input for control in controls],
-            draw,
-            tab.inputs(name),
-            tab.painted(name, every=False),
-            **MOVING,
-        )
+        listen = partial(gr.on, [control.input for control in controls])
+        tab.paint(name, listen, draw, every=False, **MOVING)
     choice = [source.chosen, source.block, source.linear]
     for name in ("peaks", "map"):
         tab.redraw(tab.outputs[name].act(_pick, source.chosen, choice, **QUIET))
     for event in source.changed:
         tab.redraw(event)
     for name, draw in DRAWN:
-        source.chosen.change(draw, tab.inputs(name), tab.painted(name, every=True), **MOVING)
+        tab.paint(name, source.chosen.change, draw, **MOVING)
+        tab.paint(name, source.origin.again, draw, **QUIET)
     tab.outputs["note"].act(_read, [tab.shared.client, source.chosen], source.watched, **QUIET)
 
 

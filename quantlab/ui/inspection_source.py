@@ -76,7 +76,8 @@ def build_source(shared: Shared) -> Source:
     """The line that says what is shown, the choice of another model, and of a linear."""
     found = survey.load()
     chosen = gr.State({"file": "", "name": FIRST})
-    origin = html("inspect-origin")
+    places = [f"inspect-{view}" for view in ("origin", "outliers", "layers")]
+    origin = html("inspect-origin", f"quantlab.again({places}, trigger)", events=("again",))
     with (
         gr.Accordion(i18n("inspect_other"), open=False, elem_id="inspect-other"),
         gr.Row(equal_height=False),

@@ -1,14 +1,15 @@
 """The Learn tab: walkthroughs of short steps, computed on real pieces of a model.
 
-Nothing here takes long: a step is drawn when it is opened and when something on it is moved; an
-answer that was overtaken meanwhile is not shown (`latest`). The slices of another model come from a
-process of their own (`lessons.source`).
+Nothing here takes long: a step is drawn when it is opened and when something on it is moved; where
+answers cross, it is drawn once more (`asking`). The slices of another model come from a process of
+their own (`lessons.source`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -16,8 +17,8 @@ from gradio.events import api as offer
 
 from quantlab.errors import QuantLabError
 from quantlab.plots.templates import render
+from quantlab.ui.asking import ask
 from quantlab.ui.client import Client
-from quantlab.ui.latest import Latest
 from quantlab.ui.learn_step import Stage, build_step, moved, scene_of
 from quantlab.ui.lessons import LESSONS, api
 from quantlab.ui.lessons.base import Lesson
@@ -26,18 +27,19 @@ from quantlab.ui.messages import error_message
 from quantlab.ui.shared import QUIET, Shared, html
 
 FIRST = next(iter(LESSONS))
+PLACE = "learn"
+"""The open step and what is around it, for `asking`."""
 MOVING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 """Events of what moves: while one answer is on its way, only the latest wish is remembered."""
 
 
 @dataclass
 class Learn:
-    """`where` is {"lesson": name, "steps": {name: number}}; `latest` a Latest; `states` the
-    lessons' own; `stages` all steps, by lesson. `redraw` paints the open step after an event."""
+    """`where` is {"lesson": name, "steps": {name: number}}; `states` the lessons' own; `stages` all
+    steps, by lesson. `redraw` paints the open step after an event."""
 
     shared: Shared
     where: Any
-    latest: Any
     nav: Any
     source: Source
     states: dict[str, Any] = field(default_factory=dict)
@@ -51,16 +53,15 @@ class Learn:
 
     def redraw(self, event: Any) -> Any:
         """After `event`, paint the open step and the list of lessons; returns the new event."""
-        return event.then(self._paint, *self._painted(), **QUIET)
+        return ask(PLACE, event.then, self._paint, *self._painted(), **QUIET)
 
     def follow(self, state: Any) -> None:
         """Paint the same when a gr.State has changed; one answer after the other."""
-        state.change(self._paint, *self._painted(), **MOVING)
+        ask(PLACE, state.change, self._paint, *self._painted(), **MOVING)
 
     def _painted(self) -> tuple[list[Any], list[Any]]:
         """Inputs and outputs of `_paint`."""
         inputs = [
-            self.latest,
             self.shared.client,
             self.shared.run_id,
             self.source.chosen,
@@ -77,7 +78,6 @@ class Learn:
 
     def _paint(
         self,
-        latest: Latest,
         client: Client,
         run_id: str,
         chosen: Mapping[str, str],
@@ -86,7 +86,6 @@ class Learn:
     ) -> dict[Any, Any]:
         lesson, number = place(where)
         stage = self.stages[lesson][number - 1]
-        frame, own = latest.begin("frame"), latest.begin(stage.name)
         kept = rest[list(LESSONS).index(lesson)]
         given = iter(rest[len(LESSONS) :])
         values: list[Any] = []
@@ -94,13 +93,11 @@ class Learn:
             taken = [next(given) for _ in one.controls]
             values = taken if one is stage else values
         made = moved(stage, client, run_id, chosen, kept, values)
-        around = {
+        return {
             self.nav: nav_html(client, lesson, number),
             self.source.origin: origin_html(client, chosen),
+            **dict(zip(stage.outputs, made, strict=True)),
         }
-        if not frame():
-            around = dict.fromkeys(around, gr.skip())
-        return around | (dict(zip(stage.outputs, made, strict=True)) if own() else {})
 
     def arrive(self, linked: Any, tabs: Any) -> None:
         """After the event `linked`, which comes when the page was opened by a link to a step, show
@@ -130,13 +127,14 @@ def build(shared: Shared) -> Learn:
         with gr.Column(scale=1, min_width=230, elem_id="learn-side"):
             nav = html(
                 "learn-nav",
-                "quantlab.followLesson(element, watch); quantlab.lesson(element, trigger, watch)",
-                events=("act",),
+                "quantlab.followLesson(element, watch); quantlab.lesson(element, trigger, watch);"
+                f"quantlab.again(['{PLACE}'], trigger)",
+                events=("act", "again"),
                 value=nav_html(Client(), FIRST, 1),
             )
         with gr.Column(scale=4, min_width=320, elem_id="learn-main"):
             source = build_source(shared)
-            tab = Learn(shared, where, gr.State(Latest()), nav, source)
+            tab = Learn(shared, where, nav, source)
             for lesson in LESSONS.values():
                 _lesson(tab, lesson)
     _connect(tab)
@@ -191,6 +189,7 @@ def _connect(tab: Learn) -> None:
             _connect_opening(tab, stage.lesson.name, event, number, programmatic)
     chosen = tab.nav.act(_choose, tab.where, [tab.where, *tab.columns.values()], **QUIET)
     tab.redraw(chosen)
+    ask(PLACE, tab.nav.again, tab._paint, *tab._painted(), **QUIET)
     for event in tab.source.changed:
         tab.redraw(event)
     tab.follow(tab.source.chosen)
@@ -199,46 +198,33 @@ def _connect(tab: Learn) -> None:
 def _connect_stage(tab: Learn, stage: Stage) -> None:
     state = tab.states[stage.lesson.name]
     inputs = [
-        tab.latest,
         tab.shared.client,
         tab.shared.run_id,
         tab.source.chosen,
         state,
         *stage.controls,
     ]
-
     if stage.controls:
         # A text's `input` still carries what the field held before.
         events = [
             shown.change if control.kind == "text" else shown.input
             for control, shown in zip(stage.step.controls, stage.controls, strict=True)
         ]
-        gr.on(events, _moving(stage), inputs, stage.outputs, **MOVING)
+        ask(PLACE, partial(gr.on, events), _moving(stage), inputs, stage.outputs, **MOVING)
     if stage.step.act is not None:
         outputs = [state, *stage.controls, *stage.outputs]
-        stage.picture.act(_answering(stage), inputs, outputs, **QUIET)
+        ask(PLACE, stage.picture.act, _answering(stage), inputs, outputs, **QUIET)
 
 
 def _moving(stage: Stage) -> Callable[..., list[Any]]:
     """The handler of the step's controls."""
 
     def move(
-        latest: Latest,
-        client: Client,
-        run_id: str,
-        chosen: Mapping[str, str],
-        kept: Any,
-        *given: Any,
+        client: Client, run_id: str, chosen: Mapping[str, str], kept: Any, *given: Any
     ) -> list[Any]:
-        own = latest.begin(stage.name)
-        return unless_late(own, moved(stage, client, run_id, chosen, kept, given))
+        return moved(stage, client, run_id, chosen, kept, given)
 
     return move
-
-
-def unless_late(own: Callable[[], bool], shown: list[Any]) -> list[Any]:
-    """What is shown; nothing of it where another answer for the step has begun meanwhile."""
-    return shown if own() else [gr.skip() for _ in shown]
 
 
 def _answering(stage: Stage) -> Callable[..., list[Any]]:
@@ -249,14 +235,12 @@ def _answering(stage: Stage) -> Callable[..., list[Any]]:
 
     def answer(
         event: gr.EventData,
-        latest: Latest,
         client: Client,
         run_id: str,
         chosen: Mapping[str, str],
         kept: Any,
         *given: Any,
     ) -> list[Any]:
-        own = latest.begin(stage.name)
         # The event comes first, because Gradio puts it where the signature has it.
         try:
             scene = scene_of(client, run_id, chosen, stage.step, kept, given)
@@ -264,13 +248,11 @@ def _answering(stage: Stage) -> Callable[..., list[Any]]:
         except (QuantLabError, ValueError) as error:
             shown = moved(stage, client, run_id, chosen, kept, given)
             shown[1] = error_message(as_message(error), client.language) + shown[1]
-            return [gr.skip(), *(gr.skip() for _ in names), *unless_late(own, shown)]
+            return [gr.skip(), *(gr.skip() for _ in names), *shown]
         values = [changes.get(name, value) for name, value in zip(names, given, strict=True)]
         kept = {**kept, **{key: new for key, new in changes.items() if key not in names}}
         shown = moved(stage, client, run_id, chosen, kept, values)
-        # What was clicked counts in any case; only its picture may be late.
-        changed = (changes.get(name, gr.skip()) for name in names)
-        return [kept, *changed, *unless_late(own, shown)]
+        return [kept, *(changes.get(name, gr.skip()) for name in names), *shown]
 
     return answer
 

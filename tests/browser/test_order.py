@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import Route, expect
+from playwright.sync_api import Request, Route, expect
 
 from quantlab.store import Store
 from tests.browser.app import App
@@ -31,6 +33,80 @@ def test_a_tab_opened_before_the_page_arrived_speaks_the_language_too(tab: Tab) 
     held.clear()
     released.append(True)
     expect(tab.find("#advisor-answer")).to_contain_text("この装置でのバリアント")
+
+
+def crossed(tab: Tab, painted: str, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """`first` and `second` both have the component of this id painted; what `first` asks is
+    answered after what `second` asks."""
+    painters = tab.page.evaluate(
+        """(name) => {
+            const { components, dependencies } = window.gradio_config;
+            const { id } = components.find((one) => one.props.elem_id === name);
+            return dependencies.filter((one) => one.outputs.includes(id)).map((one) => one.id);
+        }""",
+        painted,
+    )
+    held: list[Route] = []
+
+    def paints(request: Request) -> bool:
+        return (
+            "/gradio_api/run/" in request.url
+            and json.loads(request.post_data or "{}").get("fn_index") in painters
+        )
+
+    def hold(route: Route) -> None:
+        if held or not paints(route.request):
+            route.fallback()
+        else:
+            held.append(route)
+
+    tab.page.route("**/*", hold)
+    first()
+    while not held:
+        tab.page.wait_for_timeout(50)
+    with tab.page.expect_response(lambda answer: paints(answer.request)):
+        second()
+    tab.page.wait_for_timeout(500)  # It is on the page.
+    with tab.page.expect_response(lambda answer: answer.request == held[0].request):
+        held[0].continue_()
+    tab.page.wait_for_timeout(1000)
+    tab.page.unroute("**/*", hold)
+
+
+def test_of_answers_that_cross_the_last_question_is_seen(tab: Tab) -> None:
+    tab.open()
+    tab.show("Learn")
+    tab.find('#learn-nav [data-act="codebooks"]').click()
+    onward = tab.find("#step-codebooks-codebook").get_by_role("button", name="Next")
+    expect(onward).to_be_visible()
+    tab.page.wait_for_timeout(1000)
+    crossed(
+        tab,
+        "picture-codebooks-double",
+        onward.click,
+        lambda: tab.find("#codebooks-double-block-size").get_by_label("128").check(),
+    )
+    bits = tab.find('#picture-codebooks-double [data-fact="bits_plain"] dd')
+    expect(bits).to_have_text(f"{4 + 32 / 128:.3f}")
+
+    def grid_bits(value: int) -> None:
+        field = tab.find("#inspect-grid-bits input[type=number]")
+        field.fill(str(value))
+        field.press("Enter")
+
+    tab.show("Inspect")
+    error = tab.find('#inspect-outlier-facts [data-fact="output_after"] dd')
+    expect(error).to_be_visible()
+    grid_bits(6)
+    expect(error).to_have_text(re.compile(r"^[0-9.]+%$"))
+    tab.page.wait_for_timeout(1000)
+    at_six = error.inner_text()
+    grid_bits(4)
+    expect(error).not_to_have_text(at_six)
+    tab.show("Compare")
+    tab.page.wait_for_timeout(1000)
+    crossed(tab, "inspect-outlier-facts", lambda: tab.show("Inspect"), lambda: grid_bits(6))
+    expect(error).to_have_text(at_six)
 
 
 def test_clicks_and_edits_in_quick_succession_all_count(tab: Tab, app: App, model: Path) -> None:
