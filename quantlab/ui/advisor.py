@@ -6,7 +6,9 @@ Everything but the bandwidth of this machine is arithmetic; that is measured whe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import gradio as gr
@@ -19,6 +21,7 @@ from quantlab.models import CATALOGUE
 from quantlab.plots.words import Words
 from quantlab.runs import Run
 from quantlab.ui import advisor_views
+from quantlab.ui.asking import ask
 from quantlab.ui.client import Client
 from quantlab.ui.messages import error_message, message
 from quantlab.ui.services import services
@@ -32,11 +35,15 @@ FIELDS = ("model", "parameters", *SHAPE, "context", "batch", "device", "use")
 
 @dataclass
 class Advisor:
-    """`inputs` by name, the two `pieces` they fill, and what fills them."""
+    """`inputs` by name, the two `outputs` they fill, and the `arguments` of what fills them."""
 
     inputs: dict[str, Any] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
     arguments: list[Any] = field(default_factory=list)
+
+    def answer(self, listen: Callable[..., Any], settings: Mapping[str, Any] = QUIET) -> None:
+        """Answer what the form asks when what `listen` connects happens."""
+        ask("advisor", listen, answered, self.arguments, self.outputs, **settings)
 
 
 def build(shared: Shared) -> Advisor:
@@ -49,14 +56,16 @@ def build(shared: Shared) -> Advisor:
             measure = gr.Button(i18n("advisor_measure"), elem_id="advisor-measure", size="sm")
             notice = html("advisor-message", "quantlab.message(element, watch)")
         with gr.Column(scale=2, min_width=320, elem_id="advisor-results"):
-            answer = html("advisor-answer")
+            again = "quantlab.again(['advisor'], trigger)"
+            answer = html("advisor-answer", again, events=("again",))
             beside = html("advisor-beside")
     inputs = [tab.inputs[name] for name in FIELDS]
     tab.arguments = [shared.client, shared.run_id, bandwidth, *inputs]
     tab.outputs = [answer, beside]
-    gr.on([one.change for one in inputs], answered, tab.arguments, tab.outputs, **QUIET)
+    tab.answer(partial(gr.on, [one.change for one in inputs]))
+    tab.answer(answer.again)
     measured = measure.click(_measure, shared.client, [bandwidth, notice], **BUSY)
-    measured.then(answered, tab.arguments, tab.outputs, **BUSY)
+    tab.answer(measured.then, BUSY)
     api(advise, api_name="advise")
     return tab
 

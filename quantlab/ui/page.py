@@ -137,8 +137,8 @@ def build() -> gr.Blocks:
         for event in [told_anew, inspect_page.select(lambda: None, **QUIET)]:
             inspect_tab.redraw(event)
         inspection.connect_compare(inspect_tab, tabs, compare_tab.inputs, compare_tab.options)
-        for ask in (advisor_page.select, told_anew.then):
-            ask(advisor.answered, advisor_tab.arguments, advisor_tab.outputs, **QUIET)
+        for listen in (advisor_page.select, told_anew.then):
+            advisor_tab.answer(listen)
         arrived.then(None, None, None, js="() => window.quantlab.arrived()", **QUIET)
         for event in [told_anew, opened, used, *shared.repaint]:
             event.then(None, None, None, **LOOK)

@@ -39,8 +39,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
     report = yield
     if report.when == "call":
         item.stash[FAILED] = report.failed
-    if report.failed and report.when == "call":
-        report.sections += [("a page then open", tab.told()) for tab in OPENED if tab.is_open()]
+        # Of what is tried again, the summary shows the traceback alone: this is part of it.
+        tell = getattr(report.longrepr, "addsection", None)
+        for tab in OPENED if report.failed and tell else ():
+            if tab.is_open():
+                tell("a page then open", tab.told())
     return report
 
 

@@ -37,11 +37,15 @@ class Tab:
         page.on("crash", lambda _: self._note("crashed"))
         page.on("load", lambda _: self._note("loaded"))
         page.on("console", lambda said: self._note(f"{said.type}: {said.text}"))
-        page.on("requestfailed", lambda one: self._note(f"failed: {one.url}: {one.failure}"))
+        page.on("requestfailed", lambda one: self._failed(one.url, str(one.failure)))
         OPENED.append(self)
 
     def _note(self, what: str) -> None:
         self.diary.append(f"{time.strftime('%X')} {what[:300]}")
+
+    def _failed(self, url: str, failure: str) -> None:
+        if "/queue/data" not in url:  # Gradio ends each stream of answers by leaving it.
+            self._note(f"failed: {url}: {failure}")
 
     def is_open(self) -> bool:
         return not self.page.is_closed()
@@ -53,7 +57,13 @@ class Tab:
             shown = " ".join(self.page.evaluate("document.body.innerText").split())
         except Error as error:
             chosen, shown = [], str(error)
-        lines = [self.page.url, f"chosen tabs: {chosen}", *self.diary[-40:], shown[:3000]]
+        lines = [
+            self.page.url,
+            f"chosen tabs: {chosen}",
+            *self.diary[-40:],
+            shown[:3000],
+            shown[3000:][-1500:],
+        ]
         return "\n".join([*lines, *(f"problem: {one}" for one in self.problems)])
 
     def _local(self, url: str) -> None:
