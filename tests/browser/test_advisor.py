@@ -93,6 +93,7 @@ def test_the_advisor_answers_for_models_devices_and_uses(tab: Tab) -> None:
     facts = tab.find("#advisor-answer [data-fact=shape]")
     expect(facts).to_contain_text(re.compile("A guess from the count: 32 layers.*6.74 B weights"))
     choose(tab, "model", "my own: layers, width, heads")
+    expect(facts).to_contain_text("32 heads (8 key-value)")
     tab.number("advisor-kv-heads", 32)
     expect(facts).to_contain_text("32 heads (32 key-value)")
     expect(facts).to_contain_text("6.74 B weights")
