@@ -28,6 +28,7 @@ import platformdirs
 import torch
 
 SOURCES = Path(__file__).parent / "cpu"
+CPUINFO = Path("/proc/cpuinfo")
 SECONDS = 300
 """A compiler that takes longer is stopped."""
 
@@ -61,6 +62,7 @@ LEVELS = (
     Level("avx512bf16", 4, "AVX-512 BF16", _BF16),
     Level("avx512", 3, "AVX-512 VNNI", _AVX512),
     Level("avx2", 2, "AVX2", ("-mavx2", "-mfma", "-mf16c")),
+    Level("neon", 1, "NEON", ("-march=armv8.2-a+dotprod",)),
     Level("portable", 0, "portable", ()),
 )
 
@@ -68,20 +70,37 @@ LEVELS = (
 @functools.cache
 def supported() -> tuple[Level, ...]:
     """The levels that this CPU (and operating system) can run, best first."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return tuple(level for level in LEVELS if level.name == "portable")
+    machine = platform.machine().lower()
+    usable = {"portable"}
+    if machine in ("x86_64", "amd64"):
+        usable |= _on_x86()
+    elif machine in ("aarch64", "arm64") and _arm_has_dot_products():
+        usable.add("neon")
+    return tuple(level for level in LEVELS if level.name in usable)
+
+
+def _on_x86() -> set[str]:
+    """The names of levels that this x86 CPU has."""
     capability = torch.backends.cpu.get_cpu_capability()
     vnni = capability.startswith("AVX512") and torch.cpu._is_vnni_supported()
     bfloat16 = vnni and torch.cpu._is_avx512_bf16_supported()
-    amx = bfloat16 and torch.cpu._is_amx_tile_supported() and sys.platform == "linux"
-    usable = {
-        "amx": amx,
+    has = {
+        "amx": bfloat16 and torch.cpu._is_amx_tile_supported() and sys.platform == "linux",
         "avx512bf16": bfloat16,
         "avx512": vnni,
         "avx2": capability.startswith(("AVX512", "AVX2")),
-        "portable": True,
     }
-    return tuple(level for level in LEVELS if usable[level.name])
+    return {name for name, usable in has.items() if usable}
+
+
+def _arm_has_dot_products() -> bool:
+    """SDOT of Armv8.2: Apple's computers have it, a Raspberry Pi 4 has not."""
+    if sys.platform == "darwin":
+        return True
+    try:
+        return "asimddp" in CPUINFO.read_text().split()
+    except OSError:
+        return False
 
 
 def chosen() -> Level:

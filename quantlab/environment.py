@@ -57,8 +57,8 @@ def machine() -> dict[str, Any]:
     """What does not change while the process lives: CPU, memory, GPU, versions."""
     import torch
 
-    flags = _cpu_field("flags").split()
-    wanted = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx_vnni")
+    flags = (_cpu_field("flags") or _cpu_field("Features")).split()  # x86; Arm.
+    wanted = ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx_vnni", "asimddp")
     return {
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
         "cpu_features": [flag for flag in wanted if flag in flags],

@@ -4,8 +4,9 @@
 // of NEON): GCC's and Clang's vector extensions turn plain + - * into the machine's instructions, so
 // one source serves every instruction set. Only what has no operator is spelled out below.
 //
-// The level is fixed when the file is compiled: QL_LEVEL is 0 (portable), 2 (AVX2), 3 (AVX-512 with
-// VNNI), 4 (that and AVX512-BF16) or 5 (that and AMX). `kernels/build.py` compiles the level of the machine it runs on.
+// The level is fixed when the file is compiled: QL_LEVEL is 0 (portable), 1 (NEON with dot products),
+// 2 (AVX2), 3 (AVX-512 with VNNI), 4 (that and AVX512-BF16) or 5 (that and AMX). `kernels/build.py`
+// compiles the level of the machine it runs on.
 #pragma once
 
 #include <cmath>
@@ -18,6 +19,8 @@
 #endif
 #if QL_LEVEL >= 2
 #include <immintrin.h>
+#elif QL_LEVEL == 1
+#include <arm_neon.h>
 #endif
 
 namespace ql {
@@ -38,6 +41,19 @@ template <class V, class T>
 inline void store(T* p, const V& v) {
     std::memcpy(p, &v, sizeof v);
 }
+#if QL_LEVEL == 1
+// Register i, 0 to 3, of sixteen lanes.
+template <class Q, class V>
+inline Q quarter(const V& v, int i) {
+    Q q;
+    std::memcpy(&q, (const char*)&v + 16 * i, 16);
+    return q;
+}
+template <class V, class Q>
+inline void set_quarter(V& v, int i, Q q) {
+    std::memcpy((char*)&v + 16 * i, &q, 16);
+}
+#endif
 inline F splat(float x) { return F{} + x; }
 inline U8 splat_byte(uint8_t x) { return U8{} + x; }
 
@@ -69,6 +85,9 @@ inline F at_most(F v, F high) {
 inline F round_even(F v) {
 #if QL_LEVEL >= 3
     return (F)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif QL_LEVEL == 1
+    for (int i = 0; i < 4; i++) set_quarter(v, i, vrndnq_f32(quarter<float32x4_t>(v, i)));
+    return v;
 #else
     const F magic = splat(12582912.f);  // 1.5 * 2^23: the sum has no bits left for a fraction
     return (v + magic) - magic;
@@ -78,6 +97,9 @@ inline F round_even(F v) {
 inline float sum(F v) {
 #if QL_LEVEL >= 3
     return _mm512_reduce_add_ps((__m512)v);
+#elif QL_LEVEL == 1
+    const auto low = vaddq_f32(quarter<float32x4_t>(v, 0), quarter<float32x4_t>(v, 1));
+    return vaddvq_f32(vaddq_f32(low, vaddq_f32(quarter<float32x4_t>(v, 2), quarter<float32x4_t>(v, 3))));
 #else
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
@@ -88,6 +110,9 @@ inline float sum(F v) {
 inline float largest(F v) {
 #if QL_LEVEL >= 3
     return _mm512_reduce_max_ps((__m512)v);
+#elif QL_LEVEL == 1
+    const auto low = vmaxnmq_f32(quarter<float32x4_t>(v, 0), quarter<float32x4_t>(v, 1));
+    return vmaxnmvq_f32(vmaxnmq_f32(low, vmaxnmq_f32(quarter<float32x4_t>(v, 2), quarter<float32x4_t>(v, 3))));
 #else
     float top = v[0];
     for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
@@ -105,6 +130,10 @@ inline F load_half(const uint16_t* p) {
     __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
     std::memcpy(&v, &low, 32);
     std::memcpy((char*)&v + 32, &high, 32);
+    return v;
+#elif QL_LEVEL == 1
+    F v;
+    for (int i = 0; i < 4; i++) set_quarter(v, i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))));
     return v;
 #else
     F v;
@@ -130,6 +159,15 @@ inline F load_half(const uint16_t* p) {
 inline F load_bytes(const uint8_t* p) {
 #if QL_LEVEL >= 3
     return (F)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif QL_LEVEL == 1
+    F v;
+    const uint8x16_t bytes = vld1q_u8(p);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+    set_quarter(v, 0, vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))));
+    set_quarter(v, 1, vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))));
+    set_quarter(v, 2, vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))));
+    set_quarter(v, 3, vcvtq_f32_u32(vmovl_u16(vget_high_u16(high))));
+    return v;
 #else
     F v;
     for (int i = 0; i < LANES; i++) v[i] = p[i];
@@ -169,6 +207,16 @@ inline I dot4(I acc, U8 codes, int32_t x) {
         *target = _mm256_add_epi32(*target, joined);
     }
     return acc;
+#elif QL_LEVEL == 1
+    const int8x16_t input = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    // The instruction wants signs on both sides: codes less 128, and what that takes away given back.
+    const int32x4_t taken = vdotq_s32(vdupq_n_s32(0), input, vdupq_n_s8(-128));
+    for (int i = 0; i < 4; i++) {
+        const auto signs = vreinterpretq_s8_u8(veorq_u8(quarter<uint8x16_t>(codes, i), vdupq_n_u8(128)));
+        const int32x4_t start = vsubq_s32(quarter<int32x4_t>(acc, i), taken);
+        set_quarter(acc, i, vdotq_s32(start, signs, input));
+    }
+    return acc;
 #else
     int8_t part[4];
     std::memcpy(part, &x, 4);
@@ -185,6 +233,16 @@ inline I byte_of(U8 codes, int j) { return (I)codes >> (8 * j) & 255; }
 inline F look_up(const float* table, I index) {
 #if QL_LEVEL >= 3
     return (F)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+#elif QL_LEVEL == 1
+    const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t*)table);
+    F v;
+    for (int i = 0; i < 4; i++) {
+        // Where the four bytes of lane l lie: 4 * index, and the three behind it.
+        const uint32x4_t lane = vandq_u32(quarter<uint32x4_t>(index, i), vdupq_n_u32(15));
+        const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100), lane, 0x04040404);
+        set_quarter(v, i, vqtbl4q_u8(bytes, vreinterpretq_u8_u32(places)));
+    }
+    return v;
 #else
     F v;
     for (int l = 0; l < LANES; l++) v[l] = table[index[l] & 15];

@@ -146,18 +146,29 @@ def test_the_compiler_that_cxx_names_comes_first(
         ("x86_64", "AVX512", "vnni", "avx512 avx2 portable"),
         ("x86_64", "AVX512", "vnni bf16", "avx512bf16 avx512 avx2 portable"),
         ("aarch64", "SVE256", "", "portable"),
+        ("aarch64", "DEFAULT", "asimddp", "neon portable"),
+        ("arm64", "DEFAULT", "asimddp", "neon portable"),
+        ("x86_64", "DEFAULT", "asimddp", "portable"),
         ("riscv64", "something new", "", "portable"),
     ],
 )
 def test_levels_of_other_cpus(
-    monkeypatch: pytest.MonkeyPatch, machine: str, capability: str, features: str, levels: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    capability: str,
+    features: str,
+    levels: str,
 ) -> None:
+    (tmp_path / "cpuinfo").write_text(f"Features\t: fp asimd {features}\n")
+    monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: "vnni" in features)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "bf16" in features)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.delenv("QUANTLAB_NATIVE", raising=False)
+    build.supported.cache_clear()
     names = [level.name for level in build.supported()]
     assert names == levels.split()
     assert build.chosen().name == names[0]

@@ -37,22 +37,28 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
     return command
 
 
+def program(command: str, level: build.Level, flags: tuple[str, ...], folder: Path) -> Path:
+    """sanitize.cpp with all kernels at this level, compiled in a new folder."""
+    folder.mkdir()
+    flags = (*flags, *level.flags, f"-DQL_LEVEL={level.number}", f"-I{build.SOURCES}")
+    sources = [*sorted(build.SOURCES.glob("*.cpp")), PROGRAM]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(2) as workers:
+        list(
+            workers.map(
+                lambda pair: run(command, *flags, "-c", pair[0], "-o", pair[1]),
+                zip(sources, objects, strict=True),
+            )
+        )
+    made = folder / "sanitize"
+    run(command, *flags, *objects, "-o", made)
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("native")
 @pytest.mark.parametrize("level", sorted({build.supported()[0], build.LEVELS[-1]}, key=str))
 def test_nothing_is_read_or_written_out_of_place(
     level: build.Level, compiler: str, tmp_path: Path
 ) -> None:
-    flags = (*FLAGS, *level.flags, f"-DQL_LEVEL={level.number}", f"-I{build.SOURCES}")
-    sources = [*sorted(build.SOURCES.glob("*.cpp")), PROGRAM]
-    objects = [tmp_path / f"{source.stem}.o" for source in sources]
-    with ThreadPoolExecutor(2) as workers:
-        list(
-            workers.map(
-                lambda pair: run(compiler, *flags, "-c", pair[0], "-o", pair[1]),
-                zip(sources, objects, strict=True),
-            )
-        )
-    program = tmp_path / "sanitize"
-    run(compiler, *SANITIZERS, "-pthread", *objects, "-o", program)
-    run(program)
+    run(program(compiler, level, FLAGS, tmp_path / "program"))
