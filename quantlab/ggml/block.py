@@ -20,8 +20,42 @@ _INPUT_MAX = float(2**30)
 # Above the largest value that any format here can hold (q6_k: 65504 * 127 * 32), so clamping to it
 # changes no representable weight and keeps the squares inside the searches finite.
 
+
+@dataclass(frozen=True)
+class Grids:
+    """What the bytes of blocks spell: x = scale * (values[code] - zero) + offset.
+
+    codes: uint8 `[n, block_size]`; scales: float32 `[n, groups]`, each for as many neighbouring
+    weights; offsets: the same, or None for 0; table: the values of the codes, or None where a code
+    is its own value.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero: int = 0
+    offsets: Tensor | None = None
+    table: tuple[int, ...] | None = None
+
+    def values(self) -> Tensor:
+        """x, float32 `[n, block_size]`."""
+        count, groups = self.scales.shape
+        codes = self.codes.view(count, groups, -1)
+        if self.table is None:
+            q = codes.to(torch.float32)
+        else:
+            table = torch.tensor(self.table, dtype=torch.float32, device=codes.device)
+            q = table[codes.to(torch.int32)]
+        if self.zero:
+            q -= self.zero
+        q *= self.scales.unsqueeze(2)
+        if self.offsets is not None:
+            q += self.offsets.unsqueeze(2)
+        return q.view(count, -1)
+
+
 QuantizeBlocks = Callable[[Tensor, Tensor | None], Tensor]
 DequantizeBlocks = Callable[[Tensor], Tensor]
+ReadBlocks = Callable[[Tensor], Grids]
 
 
 @dataclass(frozen=True)
@@ -30,7 +64,8 @@ class BlockFormat:
 
     `quantize(blocks, importance)` takes float32 `[n, block_size]` and, optionally, the weight of
     each squared error, float32 `[n, block_size]`; it returns uint8 `[n, block_bytes]`.
-    `dequantize(data)` takes uint8 `[n, block_bytes]` and returns float32 `[n, block_size]`.
+    `dequantize(data)` takes uint8 `[n, block_bytes]` and returns float32 `[n, block_size]`, and
+    `read(data)` the codes and grids behind these (None for formats without).
 
     `row_weighted`: llama.cpp multiplies the importance of this format by
     `sqrt(mean(row ** 2) + x ** 2)` with the mean over the whole row, which a block alone cannot
@@ -49,6 +84,7 @@ class BlockFormat:
     bits: int
     """Nominal bits a weight, without the factors."""
     row_weighted: bool = False
+    read: ReadBlocks | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .block import (
     HALF_MAX,
     BlockFormat,
+    Grids,
     bytes_to_half,
     divide_constant,
     exact_sqrt,
@@ -82,11 +83,15 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return join_bytes((half_to_bytes(d), pack_fields(q.view(-1, 2, 16), 4)))
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 18]`."""
+    codes = unpack_fields(data[:, 2:], 4, 2).reshape(-1, 32)
+    return Grids(codes, bytes_to_half(data[:, :2]), table=LEVELS)
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 18]` to float32 `[n, 32]`."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=data.device)
-    codes = unpack_fields(data[:, 2:], 4, 2).reshape(-1, 32)
-    return bytes_to_half(data[:, :2]) * levels[codes.to(torch.int32)]
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -96,5 +101,6 @@ FORMAT = BlockFormat(
     block_bytes=18,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=4,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .block import (
     BlockFormat,
+    Grids,
     bytes_to_half,
     half_to_bytes,
     join_bytes,
@@ -43,13 +44,17 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     )
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 84]`."""
+    factors = data[:, :16]
+    scales = bytes_to_half(data[:, 80:82]) * (factors & 15).to(torch.float32)
+    minima = bytes_to_half(data[:, 82:84]) * (factors >> 4).to(torch.float32)
+    return Grids(unpack_two_bits(data[:, 16:80]), scales, offsets=-minima)
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 84]` to float32 `[n, 256]`."""
-    factors = data[:, :16]
-    codes = unpack_two_bits(data[:, 16:80]).view(-1, 16, 16)
-    scale = bytes_to_half(data[:, 80:82]) * (factors & 15).to(torch.float32)
-    minimum = bytes_to_half(data[:, 82:84]) * (factors >> 4).to(torch.float32)
-    return (scale.unsqueeze(2) * codes.to(torch.float32) - minimum.unsqueeze(2)).view(-1, 256)
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -59,5 +64,6 @@ FORMAT = BlockFormat(
     block_bytes=84,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=2,
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .block import (
     BlockFormat,
+    Grids,
     bytes_to_half,
     from_columns,
     half_to_bytes,
@@ -83,14 +84,17 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     )
 
 
-def dequantize(data: Tensor) -> Tensor:
-    """uint8 `[n, 110]` to float32 `[n, 256]`."""
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 110]`."""
     high = unpack_fields(data[:, :32], 1, 8).reshape(-1, 256)
     codes = unpack_two_bits(data[:, 32:96]) | (high << 2)
-    scales = _unpack_scales(data[:, 96:108]).to(torch.float32) - 32
-    scale = bytes_to_half(data[:, 108:110]) * scales
-    q = codes.view(-1, 16, 16).to(torch.float32) - 4
-    return (scale.unsqueeze(2) * q).view(-1, 256)
+    factors = _unpack_scales(data[:, 96:108]).to(torch.float32) - 32
+    return Grids(codes, bytes_to_half(data[:, 108:110]) * factors, zero=4)
+
+
+def dequantize(data: Tensor) -> Tensor:
+    """uint8 `[n, 110]` to float32 `[n, 256]`."""
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -100,5 +104,6 @@ FORMAT = BlockFormat(
     block_bytes=110,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=3,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from .block import (
     HALF_MAX,
     BlockFormat,
+    Grids,
     bytes_to_half,
     half_to_bytes,
     input_columns,
@@ -52,10 +53,15 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return join_bytes((half_to_bytes(d), half_to_bytes(m), pack_fields(codes.view(-1, 2, 16), 4)))
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 20]`."""
+    codes = unpack_fields(data[:, 4:], 4, 2).reshape(-1, 32)
+    return Grids(codes, bytes_to_half(data[:, :2]), offsets=bytes_to_half(data[:, 2:4]))
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 20]` to float32 `[n, 32]`."""
-    codes = unpack_fields(data[:, 4:], 4, 2).reshape(-1, 32)
-    return bytes_to_half(data[:, :2]) * codes.to(torch.float32) + bytes_to_half(data[:, 2:4])
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -65,6 +71,7 @@ FORMAT = BlockFormat(
     block_bytes=20,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=4,
     row_weighted=True,
 )

@@ -7,11 +7,11 @@ weights, byte l of its 32 code bytes holds q[l] (low nibble) and q[l + 32].
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .block import (
     BlockFormat,
+    Grids,
     bytes_to_half,
     half_to_bytes,
     join_bytes,
@@ -34,12 +34,11 @@ def unpack_nibbles(data: Tensor) -> Tensor:
     return unpack_fields(data.reshape(-1, 32), 4, 2).view(-1, 256)
 
 
-def decode_affine(head: Tensor, codes: Tensor) -> Tensor:
-    """x of q4_k and q5_k: head uint8 `[n, 16]` (d, dmin, factors), codes uint8 `[n, 256]`."""
-    scales, mins = unpack_scale_mins(head[:, 4:16])
-    scale = (bytes_to_half(head[:, :2]) * scales).unsqueeze(2)
-    minimum = (bytes_to_half(head[:, 2:4]) * mins).unsqueeze(2)
-    return (scale * codes.view(-1, 8, 32).to(torch.float32) - minimum).view(-1, 256)
+def read_affine(head: Tensor, codes: Tensor) -> Grids:
+    """What q4_k and q5_k spell: head uint8 `[n, 16]` (d, dmin, factors), codes uint8 `[n, 256]`."""
+    scales, minima = unpack_scale_mins(head[:, 4:16])
+    offsets = -(bytes_to_half(head[:, 2:4]) * minima)
+    return Grids(codes, bytes_to_half(head[:, :2]) * scales, offsets=offsets)
 
 
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -55,9 +54,14 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     )
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 144]`."""
+    return read_affine(data[:, :16], unpack_nibbles(data[:, 16:]))
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 144]` to float32 `[n, 256]`."""
-    return decode_affine(data[:, :16], unpack_nibbles(data[:, 16:]))
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -67,5 +71,6 @@ FORMAT = BlockFormat(
     block_bytes=144,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=4,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .block import (
     BlockFormat,
+    Grids,
     bytes_to_half,
     half_to_bytes,
     join_bytes,
@@ -46,10 +47,14 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return join_bytes((half_to_bytes(d), pack_five_bits(codes)))
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 22]`."""
+    return Grids(unpack_five_bits(data[:, 2:]), bytes_to_half(data[:, :2]), zero=16)
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 22]` to float32 `[n, 32]`."""
-    codes = unpack_five_bits(data[:, 2:])
-    return bytes_to_half(data[:, :2]) * (codes.to(torch.float32) - 16)
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -59,6 +64,7 @@ FORMAT = BlockFormat(
     block_bytes=22,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=5,
     row_weighted=True,
 )

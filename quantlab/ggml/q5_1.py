@@ -5,10 +5,9 @@ Bytes (`block_q5_1` in ggml-common.h): d float16, m float16, then qh and nibbles
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .block import BlockFormat, bytes_to_half, half_to_bytes, join_bytes
+from .block import BlockFormat, Grids, bytes_to_half, half_to_bytes, join_bytes
 from .q4_1 import affine_codes
 from .q5_0 import pack_five_bits, unpack_five_bits
 
@@ -19,10 +18,15 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return join_bytes((half_to_bytes(d), half_to_bytes(m), pack_five_bits(codes)))
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 24]`."""
+    scales, offsets = bytes_to_half(data[:, :2]), bytes_to_half(data[:, 2:4])
+    return Grids(unpack_five_bits(data[:, 4:]), scales, offsets=offsets)
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 24]` to float32 `[n, 32]`."""
-    codes = unpack_five_bits(data[:, 4:])
-    return bytes_to_half(data[:, :2]) * codes.to(torch.float32) + bytes_to_half(data[:, 2:4])
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -32,6 +36,7 @@ FORMAT = BlockFormat(
     block_bytes=24,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=5,
     row_weighted=True,
 )

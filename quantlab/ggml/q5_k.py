@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .block import BlockFormat, half_to_bytes, join_bytes, pack_fields, unpack_fields
-from .q4_k import decode_affine, pack_nibbles, unpack_nibbles
+from .block import BlockFormat, Grids, half_to_bytes, join_bytes, pack_fields, unpack_fields
+from .q4_k import pack_nibbles, read_affine, unpack_nibbles
 from .search import CandidateGrid
 from .superblock import pack_scale_mins, quantize_affine
 
@@ -31,10 +31,15 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     )
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 176]`."""
+    high = unpack_fields(data[:, 16:48], 1, 8).reshape(-1, 256)
+    return read_affine(data[:, :16], unpack_nibbles(data[:, 48:]) | (high << 4))
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 176]` to float32 `[n, 256]`."""
-    high = unpack_fields(data[:, 16:48], 1, 8).reshape(-1, 256)
-    return decode_affine(data[:, :16], unpack_nibbles(data[:, 48:]) | (high << 4))
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -44,5 +49,6 @@ FORMAT = BlockFormat(
     block_bytes=176,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=5,
 )

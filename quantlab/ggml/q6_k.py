@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .block import (
     BlockFormat,
+    Grids,
     bytes_to_half,
     from_columns,
     half_to_bytes,
@@ -57,14 +58,17 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return data.masked_fill_(empty.unsqueeze(1), 0)
 
 
-def dequantize(data: Tensor) -> Tensor:
-    """uint8 `[n, 210]` to float32 `[n, 256]`."""
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 210]`."""
     low = unpack_fields(data[:, :128].reshape(-1, 64), 4, 2).view(-1, 256)
     high = unpack_fields(data[:, 128:192].reshape(-1, 32), 2, 4).view(-1, 256)
-    q = (low | (high << 4)).view(-1, 16, 16).to(torch.float32) - 32
-    scales = data[:, 192:208].contiguous().view(torch.int8).to(torch.float32)
-    scale = bytes_to_half(data[:, 208:210]) * scales
-    return (scale.unsqueeze(2) * q).view(-1, 256)
+    factors = data[:, 192:208].contiguous().view(torch.int8).to(torch.float32)
+    return Grids(low | (high << 4), bytes_to_half(data[:, 208:210]) * factors, zero=32)
+
+
+def dequantize(data: Tensor) -> Tensor:
+    """uint8 `[n, 210]` to float32 `[n, 256]`."""
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -74,5 +78,6 @@ FORMAT = BlockFormat(
     block_bytes=210,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=6,
 )

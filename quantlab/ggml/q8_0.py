@@ -11,6 +11,7 @@ from torch import Tensor
 from .block import (
     HALF_MAX,
     BlockFormat,
+    Grids,
     bytes_to_half,
     clamp_input,
     half_to_bytes,
@@ -36,10 +37,14 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return join_bytes((half_to_bytes(d), codes.view(torch.uint8)))
 
 
+def read(data: Tensor) -> Grids:
+    """The codes and grids in uint8 `[n, 34]`."""
+    return Grids(data[:, 2:] ^ 128, bytes_to_half(data[:, :2]), zero=128)
+
+
 def dequantize(data: Tensor) -> Tensor:
     """uint8 `[n, 34]` to float32 `[n, 32]`."""
-    codes = data[:, 2:].contiguous().view(torch.int8)
-    return bytes_to_half(data[:, :2]) * codes.to(torch.float32)
+    return read(data).values()
 
 
 FORMAT = BlockFormat(
@@ -49,5 +54,6 @@ FORMAT = BlockFormat(
     block_bytes=34,
     quantize=quantize,
     dequantize=dequantize,
+    read=read,
     bits=8,
 )
