@@ -14,16 +14,18 @@ from torch import Tensor
 
 Execution = Literal["packed", "simulated"]
 ActivationKind = Literal["token", "tensor", "outlier", "dynamic_tensor", "dynamic_token"]
+Grid = Literal["uniform", "offset", "table"]
+"""What a code means: (code - zero) * scale, code * scale + offset, or values[code] * scale."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """A linear layer to run: y[m, rows] = x[m, columns] @ weight.T + bias.
 
-    `bits` is None for a weight that is not on uniform grids (ggml blocks, codebooks). `group_size`
-    is the number of columns that share a grid, at most `columns`. `activation` says how the input
-    is quantized to 8 bits, None for not at all; 'outlier' is 'token' for all but the columns with
-    large values. `dtype` is what the activations are computed in.
+    `bits` is None for a weight without codes. `group_size` is the number of columns that share a
+    grid, at most `columns`. `activation` says how the input is quantized to 8 bits, None for not at
+    all; 'outlier' is 'token' for all but the columns with large values. `dtype` is what the
+    activations are computed in.
     """
 
     rows: int
@@ -34,15 +36,17 @@ class Problem:
     activation: ActivationKind | None
     device: str
     dtype: torch.dtype
+    grid: Grid = "uniform"
 
 
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of a weight on uniform grids: w = (code - zero) * scale.
+    """The tensors of a weight: w = (code - zero) * scale on uniform grids; see `Grid`.
 
-    codes: uint8 [rows, columns]; scales, zeros: float32 [rows or 1, groups]. The step and
-    zero-point of the input (x ~ (code - zero) * step, codes 0 to 255) matter for
-    `activation='tensor'` only, `threshold` (the least outlier) for `activation='outlier'` only.
+    codes: uint8 [rows, columns]; scales: float32 [rows or 1, groups]; zeros: the same, the offsets
+    of `grid='offset'` and unused by 'table'; table: float32 [16] for that. The step and zero-point
+    of the input (x ~ (code - zero) * step, codes 0 to 255) matter for `activation='tensor'` only,
+    `threshold` (the least outlier) for `activation='outlier'` only.
     """
 
     codes: Tensor
@@ -52,6 +56,7 @@ class Operands:
     input_scale: float = 1.0
     input_zero: int = 0
     threshold: float = float("inf")
+    table: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,12 @@ class Kernel:
     asymmetric: bool
     probe: Callable[[], None]
     prepare: Callable[[Problem, Operands], Prepared]
+    grids: tuple[Grid, ...] = ("uniform",)
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot run `problem`, None where the declared abilities cover it."""
         p = problem
-        if p.bits is None:
+        if p.bits is None or p.grid not in self.grids:
             return "the weight is not on uniform grids"
         if p.activation not in self.activations:
             if p.activation is None:

@@ -83,4 +83,5 @@ def _covers(problem: Problem) -> str:
         "dynamic_tensor": ", inputs 8 bits dynamic",
         "dynamic_token": ", inputs 8 bits dynamic per token",
     }
-    return f"{p.bits} bits, {grid}{inputs[p.activation]}, {p.device}"
+    table = " by a table" if p.grid == "table" else ""
+    return f"{p.bits} bits{table}, {grid}{inputs[p.activation]}, {p.device}"

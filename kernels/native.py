@@ -173,8 +173,9 @@ class Matrix:
         cls, codes: Tensor, scales: Tensor, offsets: Tensor, bits: int, group_size: int
     ) -> Matrix:
         """w = code * scale + offset, as ggml's types with a minimum; arguments as in `affine`."""
-        made = cls._packed(codes, scales, bits, group_size, wide=True)
-        made.tensors["zeros"] = side_by_side(offsets.float())
+        half = offsets.half()
+        made = cls._packed(codes, scales, bits, group_size, not torch.equal(half.float(), offsets))
+        made.tensors["zeros"] = side_by_side(offsets.float() if made.record.wide_scales else half)
         made.record.zeros, made.record.zero = made.tensors["zeros"].data_ptr(), OFFSET
         return made
 

@@ -1,4 +1,5 @@
-"""Linear layers by QuantLab's own C++ (`cpu/`): grids of 2 to 8 bits in groups, and W8A8.
+"""Linear layers by QuantLab's own C++ (`cpu/`): grids of 2 to 8 bits in groups, tables of 16 values
+(NF4, IQ4_NL), ggml's types with a minimum, and W8A8.
 
 Inputs of weight-only layers keep 16 bits ("exact"): on vectors two bytes beside a step for 32
 columns, on AMX tiles two bfloat16 parts. 8-bit inputs are rounded as `reference` does it. Products
@@ -39,9 +40,13 @@ class NativeLinear:
     def __init__(self, problem: Problem, operands: Operands) -> None:
         assert problem.bits is not None
         self.dtype, self.kind = problem.dtype, problem.activation
-        self.matrix = native.Matrix.affine(
-            operands.codes, operands.scales, operands.zeros, problem.bits, problem.group_size
-        )
+        codes, scales = operands.codes, operands.scales
+        if problem.grid == "table":
+            assert operands.table is not None
+            self.matrix = native.Matrix.table(codes, scales, operands.table, problem.group_size)
+        else:
+            made = native.Matrix.offset if problem.grid == "offset" else native.Matrix.affine
+            self.matrix = made(codes, scales, operands.zeros, problem.bits, problem.group_size)
         self.how = how_for(problem, operands)
         self.bias = None if operands.bias is None else operands.bias.detach().float().contiguous()
 
@@ -82,6 +87,7 @@ WEIGHT_ONLY = Kernel(
     asymmetric=True,
     probe=probe,
     prepare=NativeLinear,
+    grids=("uniform", "offset", "table"),
 )
 W8A8 = Kernel(
     name=f"{NAME} W8A8",

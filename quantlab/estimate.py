@@ -96,7 +96,8 @@ def estimate(spec: RunSpec, *, quantized: bool = False) -> Estimate:
     for variant in spec.variants:
         method = METHODS[variant.method]
         seconds += FIXED_SECONDS * scale
-        engine = LLAMA_CPP_COST if variant.method == "gguf" else 1.0
+        in_llama_cpp = dict(variant.options).get("engine", "llama.cpp") == "llama.cpp"
+        engine = LLAMA_CPP_COST if variant.method == "gguf" and in_llama_cpp else 1.0
         seconds += engine * forward * spec.eval_tokens / (half * EFFICIENCY)
         seconds += (
             len(spec.prompts) * spec.max_new_tokens * 2 * parameters / DECODE_BYTES_PER_SECOND

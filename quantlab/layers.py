@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import dispatch, reference
-from kernels.base import Choice, Operands, Prepared, Problem
+from kernels.base import Choice, Prepared
+from quantlab.operands import operands_of, problem_of
 from quantlab.packing import (
     AffineWeight,
     CodebookWeight,
@@ -21,6 +22,7 @@ from quantlab.packing import (
     PermutedWeight,
     describe,
     pack_bits,
+    pack_pairs,
     restore,
 )
 from quantlab.types import Execution
@@ -64,7 +66,10 @@ class QuantLinear(nn.Module):
         self._description = describe(weight)
         kept = dict(weight.tensors())
         if self._prepared is not None:
-            del kept["codes"]
+            if isinstance(weight, GGMLWeight):
+                kept = {"factors": weight.factors()}
+            else:
+                del kept["codes"]
             layout = self._prepared.tensors()
             kept |= {f"kernel_{name}": tensor for name, tensor in layout.items()}
         for name in [name for name in self._buffers if name != "bias"]:
@@ -75,53 +80,10 @@ class QuantLinear(nn.Module):
     def _prepare(self, weight: PackedWeight, bias: Tensor | None) -> tuple[Choice, Prepared | None]:
         if self.resting:
             return dispatch.fallback("the layer rests"), None
-        if isinstance(weight, OutlierWeight):
-            return self._prepare_outlier(weight, bias)
-        if isinstance(weight, PermutedWeight):
-            weight = weight.inner
-        if not isinstance(weight, AffineWeight):
-            kind = getattr(weight, "type", getattr(weight, "codebook", type(weight).__name__))
-            return dispatch.fallback(f"no kernel for {kind} weights"), None
-        activation = weight.activation
-        problem = Problem(
-            rows=self.out_features,
-            columns=self.in_features,
-            bits=weight.bits,
-            group_size=min(weight.group_size, self.in_features),
-            symmetric=weight.symmetric,
-            activation=None if activation is None else activation.kind,
-            device=self.device.type,
-            dtype=self.dtype,
-        )
-
-        def operands() -> Operands:
-            codes, scales, zeros = weight.unpacked()
-            if activation is None:
-                return Operands(codes, scales, zeros, bias)
-            return Operands(codes, scales, zeros, bias, activation.scale, activation.zero)
-
-        return dispatch.prepare(problem, operands)
-
-    def _prepare_outlier(
-        self, weight: OutlierWeight, bias: Tensor | None
-    ) -> tuple[Choice, Prepared | None]:
-        problem = Problem(
-            rows=self.out_features,
-            columns=self.in_features,
-            bits=8,
-            group_size=self.in_features,
-            symmetric=True,
-            activation="outlier" if weight.threshold else "token",
-            device=self.device.type,
-            dtype=self.dtype,
-        )
-
-        def operands() -> Operands:
-            codes, scales = weight.codes.view(torch.uint8) ^ 128, weight.scales[:, None]
-            zeros = torch.full_like(scales, 128.0)
-            return Operands(codes, scales, zeros, bias, threshold=weight.threshold)
-
-        return dispatch.prepare(problem, operands)
+        problem = problem_of(weight, self.device.type, self.dtype)
+        if isinstance(problem, str):
+            return dispatch.fallback(problem), None
+        return dispatch.prepare(problem, lambda: operands_of(weight, bias))
 
     @property
     def prepared(self) -> Prepared | None:
@@ -142,11 +104,16 @@ class QuantLinear(nn.Module):
         tensors = {
             name: tensor
             for name, tensor in self._buffers.items()
-            if tensor is not None and name in ("scales", "zeros", "order")
+            if tensor is not None and name != "bias" and not name.startswith("kernel_")
         }
         codes, bits = self._prepared.codes(), self._description.get("bits")
+        if self._description["representation"] == "ggml":
+            type = str(self._description["type"])
+            return GGMLWeight.from_codes(type, tensors["factors"], codes)
         if isinstance(bits, int):
             tensors["codes"] = pack_bits(codes, bits)
+        elif self._description["representation"] == "codebook":
+            tensors["codes"] = pack_pairs(codes)
         else:
             tensors["codes"] = (codes ^ 128).view(torch.int8)
         return restore(self._description, tensors)

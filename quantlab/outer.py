@@ -36,15 +36,19 @@ def check_outer(model: LoadedModel, config: Any) -> tuple[int, int]:
             f"embedding_bits={embedding_bits}, head_bits={head_bits}: this model's head is its "
             f"embedding (tied); set both alike, for example both to {best}"
         )
-    embedding = model.module.get_input_embeddings()
-    if embedding_bits < 16 and type(embedding) is not nn.Embedding:
+    if embedding_bits < 16 and not plain_embedding(model):
         raise MethodError(
-            f"embedding_bits={embedding_bits}: the embedding of {model.family.name} is a "
-            f"{type(embedding).__name__}, which does more than look up rows; use 16"
+            f"embedding_bits={embedding_bits}: the embedding of {model.family.name} does more than "
+            "look up rows; use 16"
         )
     if head_bits < 16 and not isinstance(model.module.get_output_embeddings(), nn.Linear):
         raise MethodError(f"head_bits={head_bits}: {model.family.name} has no linear head; use 16")
     return embedding_bits, head_bits
+
+
+def plain_embedding(model: LoadedModel) -> bool:
+    """Whether the embedding looks up rows and does nothing else (Gemma 3's multiplies them)."""
+    return type(model.module.get_input_embeddings()) is nn.Embedding
 
 
 def tied(model: LoadedModel) -> bool:
@@ -62,22 +66,35 @@ def pack_outer(model: LoadedModel, config: Any) -> dict[str, PackedWeight]:
     """
     embedding_bits, head_bits = check_outer(model, config)
     module = model.module
-    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     group = int(getattr(config, "group_size", GROUP_SIZE))
+    embedding = head = None
+    if embedding_bits < 16:
+        embedding = round_outer(module.get_input_embeddings().weight, embedding_bits, group)
+    if head_bits < 16 and not tied(model):
+        head = round_outer(module.get_output_embeddings().weight, head_bits, group)
+    return put_outer(model, embedding, head)
+
+
+@torch.no_grad()
+def put_outer(
+    model: LoadedModel, embedding: PackedWeight | None, head: PackedWeight | None
+) -> dict[str, PackedWeight]:
+    """Put packed layers in the place of embedding and head, but where None is given; packed
+    weights by path. The weight of a tied pair is the embedding's."""
+    module = model.module
+    layer, last = module.get_input_embeddings(), module.get_output_embeddings()
     shared = tied(model)
     packed: dict[str, PackedWeight] = {}
-    if embedding_bits < 16:
-        path = path_of(module, embedding)
-        packed[path] = round_outer(embedding.weight, embedding_bits, group)
-        replace_linear(module, path, QuantEmbedding(packed[path], embedding.weight.dtype))
-    if head_bits < 16:
-        path = path_of(module, head)
-        weight = (
-            next(iter(packed.values())) if shared else round_outer(head.weight, head_bits, group)
-        )
+    if embedding is not None:
+        path = path_of(module, layer)
+        packed[path] = embedding
+        replace_linear(module, path, QuantEmbedding(embedding, layer.weight.dtype))
+        head = embedding if shared else head
+    if head is not None:
+        path = path_of(module, last)
         if not shared:
-            packed[path] = weight
-        replace_linear(module, path, QuantLinear(weight, head.bias))
+            packed[path] = head
+        replace_linear(module, path, QuantLinear(head, last.bias))
     return packed
 
 

@@ -25,7 +25,7 @@ from quantlab.foreign import adopt
 from quantlab.methods import METHODS, configure
 from quantlab.metrics.memory import peak_rss_bytes, reset_peak
 from quantlab.models import LoadedModel, ModelSource, load, stream
-from quantlab.outer import check_outer, pack_outer
+from quantlab.outer import check_outer, pack_outer, plain_embedding, put_outer
 from quantlab.packing import PackedWeight
 from quantlab.packing.affine import static_inputs
 from quantlab.paths import home
@@ -37,6 +37,8 @@ from quantlab.types import Emit, Progress, RunSpec, VariantSpec
 GGUF_FILE = "model.gguf"
 ONNX_FILE = "model.onnx"
 MAX_CONTEXT = 2048
+ENGINE_FORMATS = {"llama.cpp": "gguf", "quantlab": "quantlab"}
+"""What the engines of the GGUF method read."""
 CHECKPOINT_BYTES = 4 * 2**30
 """Kept of trainings that were stopped, the least recently used removed first."""
 
@@ -71,7 +73,12 @@ def prepare_variant(
             variant, method.peer, config.to_json(), source, ids, folder, spec, emit
         )
     model = _load(source, spec, whole=method.whole_model(config))
-    as_gguf = variant.method == "gguf" and model.family.gguf is not None
+    # A file that was asked for is written; `engine` is about what runs a row.
+    as_gguf = (
+        variant.method == "gguf"
+        and model.family.gguf is not None
+        and "gguf" in (format, ENGINE_FORMATS[configure(variant).engine])
+    )
     if as_gguf:
         gguf.check(model)
     if variant.method == "onnx_int8":
@@ -115,18 +122,25 @@ def _quantize(
     packed |= _packed(variant, model, ids, plan, workshop, spool, emit)
     if method.trains:
         packed |= pack_outer(model, config)
-    outer = quantize_outer(model, method, config) if format == "gguf" else {}
+    outer = quantize_outer(model, method, config) if variant.method == "gguf" else {}
+    fallbacks: tuple[str, ...] = () if model.family.note is None else (model.family.note,)
+    if format != "gguf" and outer and not plain_embedding(model):
+        outer = {}
+        fallbacks += (
+            f"embedding and head stay in 16 bits: the embedding of {model.family.name} does more "
+            "than look up rows",
+        )
+    if format != "gguf":
+        packed |= put_outer(model, outer.get("token_embd"), outer.get("output"))
     details = method.report(model, plan, packed) | static_inputs(packed)
     seconds = time.perf_counter() - started + workshop.earlier_seconds
-    note = model.family.note
-    fallbacks: tuple[str, ...] = () if note is None else (note,)
     kind: Kind = "quantlab"
     if format == "gguf":
         kind = "gguf"
         path = gguf.write(folder / GGUF_FILE, model, packed, outer, config.type)
         size = gguf.weight_bytes(path)
     else:
-        if variant.method == "gguf":
+        if variant.method == "gguf" and model.family.gguf is None:
             fallbacks += (
                 f"llama.cpp has no {model.family.name} architecture: blocks run in torch",
             )

@@ -96,6 +96,7 @@ KERNELS = {
     "int4": torch_int4.NAME,
     "int4 ragged": torch_int4.NAME,
     "int4 symmetric": torch_int4.NAME,
+    "q4_0": torch_int4.NAME,
     "w8a8 dynamic": torch_w8a8.NAME,
     "w8a8 static": torch_w8a8.NAME,
     "llm_int8": torch_outlier.NAME,

@@ -9,6 +9,7 @@ has a probability below 2 exp(-32) (Hoeffding 1963, theorem 2).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,13 +37,14 @@ from transformers import (
 from kernels import native, reference
 from quantlab.engine import Session
 from quantlab.errors import ConfigError
+from quantlab.ggml import quantize_rows
 from quantlab.layers import QuantEmbedding, QuantLinear, replace_linear
 from quantlab.methods.w8a8 import pack_int8
 from quantlab.models import load
 from quantlab.native_decoder import CHUNK, NativeDecoder, NativeSession
 from quantlab.native_records import FAMILIES, linears_of, refusal
 from quantlab.outer import round_outer
-from quantlab.packing import Activation
+from quantlab.packing import Activation, GGMLWeight
 from tests import tiny
 
 U = 2.0**-24
@@ -312,6 +314,26 @@ def quantized(module: Any, kind: str) -> Any:
 def test_rounded_weights() -> None:
     module = quantized(bfloat16_model("qwen2", seed=5), "rtn")
     assert all(linear.choice.kernel == "QuantLab native" for linear in linears_of(module))
+    check(module)
+
+
+def test_ggml_blocks_everywhere() -> None:
+    """A type for each linear in turn, and for the tied embedding and head."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    module = bfloat16_model("llama", seed=8, tie_word_embeddings=True, **shape)
+    types = itertools.cycle(["q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl"])
+
+    def packed(weight: Tensor) -> GGMLWeight:
+        name = next(types)
+        return GGMLWeight(quantize_rows(weight.float(), name), name, weight.shape[1])
+
+    for path, child in list(module.named_modules()):
+        if isinstance(child, nn.Linear) and path != "lm_head":
+            replace_linear(module, path, QuantLinear(packed(child.weight), child.bias))
+    head = packed(module.lm_head.weight)
+    replace_linear(module, "model.embed_tokens", QuantEmbedding(head))
+    replace_linear(module, "lm_head", QuantLinear(head, None))
+    assert refusal(module) is None
     check(module)
 
 

@@ -384,19 +384,42 @@ def test_a_written_gguf_measures_like_the_variant_it_came_from(
     assert written == tmp_path / "out.gguf"
     _, alone = pipeline.evaluate(dataclasses.replace(spec, model=str(written)))
     assert alone.perplexity == record.perplexity
-    assert alone.config == {"type": "q8_0", "imatrix": False}
+    assert alone.config == {"type": "q8_0", "imatrix": False, "engine": "llama.cpp"}
     assert alone.size_bytes == record.size_bytes
     inside = pipeline.quantize(spec, spec.variants[0], tmp_path / "folder", "gguf")
     assert inside == tmp_path / "folder" / "model.gguf"
 
 
-def test_gguf_types_without_llama_cpp_run_simulated_and_say_so(home: Path, tmp_path: Path) -> None:
+def test_gguf_types_without_llama_cpp_run_in_torch_and_say_so(home: Path, tmp_path: Path) -> None:
     folder = tiny.saved(tmp_path / "opt", "opt")
     (record,) = pipeline.compare(spec_for(folder, "gguf:q8_0"), store=Store())
     assert record.status == "finished"
-    assert record.execution == "simulated"
-    assert record.decode_tokens_per_second is None
+    assert (record.kernel, record.execution) == ("QuantLab native", "packed")
+    assert record.decode_tokens_per_second is not None
     assert any("no OPT architecture" in fallback for fallback in record.fallbacks)
+
+
+def test_gguf_types_in_quantlabs_own_engine(home: Path, folder: Path) -> None:
+    """The same codes, so the same size; llama.cpp rounds inputs to 8 bits."""
+    spec = spec_for(folder, "gguf:q4_1,gguf:q4_1:engine=quantlab")
+    theirs, ours = pipeline.compare(spec, store=Store())
+    assert "llama.cpp" in str(theirs.kernel)
+    assert "QuantLab native decoder" in str(ours.kernel)
+    assert (ours.execution, ours.fallbacks) == ("packed", ())
+    assert ours.bits_per_weight == pytest.approx(theirs.bits_per_weight, abs=0.1)
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=0.01)
+    assert ours.kl_divergence > 0
+    written = pipeline.quantize(spec, spec.variants[1], folder.parent / "own.gguf", "gguf")
+    assert written.read_bytes()[:4] == b"GGUF", "asked for, it is written whatever runs the row"
+
+
+def test_an_embedding_that_does_more_stays_as_it_is(home: Path, tmp_path: Path) -> None:
+    """Gemma 3's multiplies its rows: packed, it would look them up and no more."""
+    folder = tiny.saved(tmp_path / "gemma3", "gemma3", tied=True)
+    (record,) = pipeline.compare(spec_for(folder, "gguf:q8_0:engine=quantlab"), store=Store())
+    assert record.status == "finished"
+    assert ["16 bits" in fallback for fallback in record.fallbacks] == [True]
+    assert record.kl_divergence < 0.01
 
 
 def test_quantize_refuses_what_cannot_be_written_and_touches_nothing(

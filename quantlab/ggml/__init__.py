@@ -22,10 +22,17 @@ from quantlab.errors import ConfigError, MethodError
 from quantlab.grid import all_finite
 
 from . import iq4_nl, plain, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
-from .block import BlockFormat, clamp_input, exact_sqrt
+from .block import BlockFormat, Layout, clamp_input, exact_sqrt
 from .ordered import LANES, ordered_sum
 
-__all__ = ["FORMATS", "BlockFormat", "block_format", "dequantize_rows", "quantize_rows"]
+__all__ = [
+    "FORMATS",
+    "BlockFormat",
+    "block_format",
+    "dequantize_rows",
+    "layout_of",
+    "quantize_rows",
+]
 
 FORMATS: dict[str, BlockFormat] = {
     entry.name: entry
@@ -67,6 +74,14 @@ def block_format(name: str) -> BlockFormat:
     except KeyError:
         known = ", ".join(FORMATS)
         raise ConfigError(f"unknown ggml block format {name!r}; known: {known}") from None
+
+
+def layout_of(name: str) -> Layout:
+    """Where a format with codes keeps them; ConfigError for f32, f16 and bf16, which have none."""
+    found = block_format(name).layout
+    if found is None:
+        raise ConfigError(f"{name} has no codes")
+    return found
 
 
 def quantize_rows(weight: Tensor, name: str, importance: Tensor | None = None) -> Tensor:

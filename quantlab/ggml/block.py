@@ -55,7 +55,27 @@ class Grids:
 
 QuantizeBlocks = Callable[[Tensor, Tensor | None], Tensor]
 DequantizeBlocks = Callable[[Tensor], Tensor]
-ReadBlocks = Callable[[Tensor], Grids]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a format keeps its codes: the bytes from `first` to `end` - 1 of a block, and nothing
+    else there. `read(data)` is what uint8 `[n, block_bytes]` spells; `pack(codes)` makes the codes'
+    bytes, uint8 `[n, end - first]` from `[n, block_size]`."""
+
+    first: int
+    end: int
+    read: Callable[[Tensor], Grids]
+    pack: Callable[[Tensor], Tensor]
+
+    def factors(self, data: Tensor) -> Tensor:
+        """The bytes of blocks that are no codes, uint8 `[n, block_bytes - end + first]`."""
+        return torch.cat((data[:, : self.first], data[:, self.end :]), 1)
+
+    def join(self, factors: Tensor, codes: Tensor) -> Tensor:
+        """The bytes of blocks from `factors` and their codes."""
+        head, tail = factors[:, : self.first], factors[:, self.first :]
+        return torch.cat((head, self.pack(codes), tail), 1)
 
 
 @dataclass(frozen=True)
@@ -64,8 +84,8 @@ class BlockFormat:
 
     `quantize(blocks, importance)` takes float32 `[n, block_size]` and, optionally, the weight of
     each squared error, float32 `[n, block_size]`; it returns uint8 `[n, block_bytes]`.
-    `dequantize(data)` takes uint8 `[n, block_bytes]` and returns float32 `[n, block_size]`, and
-    `read(data)` the codes and grids behind these (None for formats without).
+    `dequantize(data)` takes uint8 `[n, block_bytes]` and returns float32 `[n, block_size]`.
+    `layout` says how the bytes are made up, None for formats without codes.
 
     `row_weighted`: llama.cpp multiplies the importance of this format by
     `sqrt(mean(row ** 2) + x ** 2)` with the mean over the whole row, which a block alone cannot
@@ -84,7 +104,7 @@ class BlockFormat:
     bits: int
     """Nominal bits a weight, without the factors."""
     row_weighted: bool = False
-    read: ReadBlocks | None = None
+    layout: Layout | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -202,6 +222,16 @@ def unpack_fields(data: Tensor, width: int, groups: int) -> Tensor:
     """Undo `pack_fields`: uint8 `[n, k]` to uint8 `[n, groups, k]`."""
     shifts = torch.arange(groups, dtype=torch.uint8, device=data.device) * width
     return (data.unsqueeze(1) >> shifts.view(1, -1, 1)) & ((1 << width) - 1)
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """Codes below 16, uint8 `[n, 32]`, to `[n, 16]`: byte l holds codes l and (upper) l + 16."""
+    return pack_fields(codes.view(-1, 2, 16), 4)
+
+
+def unpack_halves(data: Tensor) -> Tensor:
+    """Undo `pack_halves`: uint8 `[n, 16]` to `[n, 32]`."""
+    return unpack_fields(data, 4, 2).reshape(-1, 32)
 
 
 def join_bytes(parts: Sequence[Tensor]) -> Tensor:

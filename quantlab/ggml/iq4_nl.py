@@ -15,17 +15,18 @@ from .block import (
     HALF_MAX,
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     divide_constant,
     exact_sqrt,
     half_to_bytes,
     input_columns,
     join_bytes,
-    pack_fields,
+    pack_halves,
     safe_reciprocal,
     signed_extreme,
     to_columns,
-    unpack_fields,
+    unpack_halves,
 )
 from .ordered import ordered_sum
 
@@ -80,12 +81,12 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
         best = torch.where(better, d * sum_xq, best)
     d = d.clamp_(-HALF_MAX, HALF_MAX).masked_fill_(zero, 0.0)
     q = _lookup(x * safe_reciprocal(d), codes).t().contiguous()
-    return join_bytes((half_to_bytes(d), pack_fields(q.view(-1, 2, 16), 4)))
+    return join_bytes((half_to_bytes(d), pack_halves(q)))
 
 
 def read(data: Tensor) -> Grids:
     """The codes and grids in uint8 `[n, 18]`."""
-    codes = unpack_fields(data[:, 2:], 4, 2).reshape(-1, 32)
+    codes = unpack_halves(data[:, 2:])
     return Grids(codes, bytes_to_half(data[:, :2]), table=LEVELS)
 
 
@@ -101,6 +102,6 @@ FORMAT = BlockFormat(
     block_bytes=18,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(2, 18, read, pack_halves),
     bits=4,
 )

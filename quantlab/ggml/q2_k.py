@@ -13,6 +13,7 @@ from torch import Tensor
 from .block import (
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     half_to_bytes,
     join_bytes,
@@ -64,6 +65,6 @@ FORMAT = BlockFormat(
     block_bytes=84,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(16, 80, read, pack_two_bits),
     bits=2,
 )

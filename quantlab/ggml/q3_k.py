@@ -14,6 +14,7 @@ from torch import Tensor
 from .block import (
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     from_columns,
     half_to_bytes,
@@ -51,6 +52,11 @@ def _unpack_scales(data: Tensor) -> Tensor:
     return low | (high << 4)
 
 
+def pack(codes: Tensor) -> Tensor:
+    """q + 4, uint8 `[n, 256]`, to the bytes of the third bits and the lower two, `[n, 96]`."""
+    return join_bytes((pack_fields((codes >> 2).view(-1, 8, 32), 1), pack_two_bits(codes & 3)))
+
+
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     """float32 `[n, 256]`, importance `[n, 256]` or None, to uint8 `[n, 110]`."""
     x = input_columns(blocks, 16)
@@ -76,8 +82,7 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     stored_scales = scale_codes.add_(32).t().to(torch.uint8).contiguous()
     return join_bytes(
         (
-            pack_fields((codes >> 2).view(-1, 8, 32), 1),
-            pack_two_bits(codes & 3),
+            pack(codes),
             _pack_scales(stored_scales),
             half_to_bytes(d),
         )
@@ -104,6 +109,6 @@ FORMAT = BlockFormat(
     block_bytes=110,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(0, 96, read, pack),
     bits=3,
 )

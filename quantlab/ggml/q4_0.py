@@ -13,17 +13,18 @@ from .block import (
     HALF_MAX,
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     clamp_input,
     from_columns,
     half_to_bytes,
     input_columns,
     join_bytes,
-    pack_fields,
+    pack_halves,
     safe_reciprocal,
     signed_extreme_of_rows,
     to_columns,
-    unpack_fields,
+    unpack_halves,
 )
 from .search import symmetric_search
 
@@ -51,12 +52,12 @@ def symmetric_codes(blocks: Tensor, importance: Tensor | None, half: int) -> tup
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     """float32 `[n, 32]`, error weights `[n, 32]` or None, to uint8 `[n, 18]`."""
     d, codes = symmetric_codes(blocks, importance, 8)
-    return join_bytes((half_to_bytes(d), pack_fields(codes.view(-1, 2, 16), 4)))
+    return join_bytes((half_to_bytes(d), pack_halves(codes)))
 
 
 def read(data: Tensor) -> Grids:
     """The codes and grids in uint8 `[n, 18]`."""
-    codes = unpack_fields(data[:, 2:], 4, 2).reshape(-1, 32)
+    codes = unpack_halves(data[:, 2:])
     return Grids(codes, bytes_to_half(data[:, :2]), zero=8)
 
 
@@ -72,7 +73,7 @@ FORMAT = BlockFormat(
     block_bytes=18,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(2, 18, read, pack_halves),
     bits=4,
     row_weighted=True,
 )

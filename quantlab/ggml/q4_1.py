@@ -13,14 +13,15 @@ from .block import (
     HALF_MAX,
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     half_to_bytes,
     input_columns,
     join_bytes,
-    pack_fields,
+    pack_halves,
     safe_reciprocal,
     to_columns,
-    unpack_fields,
+    unpack_halves,
 )
 from .search import IMPORTANCE_GRID, affine_search
 
@@ -50,12 +51,12 @@ def affine_codes(
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     """float32 `[n, 32]`, error weights `[n, 32]` or None, to uint8 `[n, 20]`."""
     d, m, codes = affine_codes(blocks, importance, 15)
-    return join_bytes((half_to_bytes(d), half_to_bytes(m), pack_fields(codes.view(-1, 2, 16), 4)))
+    return join_bytes((half_to_bytes(d), half_to_bytes(m), pack_halves(codes)))
 
 
 def read(data: Tensor) -> Grids:
     """The codes and grids in uint8 `[n, 20]`."""
-    codes = unpack_fields(data[:, 4:], 4, 2).reshape(-1, 32)
+    codes = unpack_halves(data[:, 4:])
     return Grids(codes, bytes_to_half(data[:, :2]), offsets=bytes_to_half(data[:, 2:4]))
 
 
@@ -71,7 +72,7 @@ FORMAT = BlockFormat(
     block_bytes=20,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(4, 20, read, pack_halves),
     bits=4,
     row_weighted=True,
 )

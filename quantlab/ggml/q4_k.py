@@ -12,6 +12,7 @@ from torch import Tensor
 from .block import (
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     half_to_bytes,
     join_bytes,
@@ -71,6 +72,6 @@ FORMAT = BlockFormat(
     block_bytes=144,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(16, 144, read, pack_nibbles),
     bits=4,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from .block import (
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     half_to_bytes,
     join_bytes,
@@ -64,7 +65,7 @@ FORMAT = BlockFormat(
     block_bytes=22,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(2, 22, read, pack_five_bits),
     bits=5,
     row_weighted=True,
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .block import BlockFormat, Grids, bytes_to_half, half_to_bytes, join_bytes
+from .block import BlockFormat, Grids, Layout, bytes_to_half, half_to_bytes, join_bytes
 from .q4_1 import affine_codes
 from .q5_0 import pack_five_bits, unpack_five_bits
 
@@ -36,7 +36,7 @@ FORMAT = BlockFormat(
     block_bytes=24,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(4, 24, read, pack_five_bits),
     bits=5,
     row_weighted=True,
 )

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .block import BlockFormat, Grids, half_to_bytes, join_bytes, pack_fields, unpack_fields
+from .block import BlockFormat, Grids, Layout, half_to_bytes, join_bytes, pack_fields, unpack_fields
 from .q4_k import pack_nibbles, read_affine, unpack_nibbles
 from .search import CandidateGrid
 from .superblock import pack_scale_mins, quantize_affine
 
 _GRID = CandidateGrid(-0.5, 0.1, 15)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes below 32, uint8 `[n, 256]`, to qh and the lower four bits, `[n, 160]`."""
+    return join_bytes((pack_fields((codes >> 4).view(-1, 8, 32), 1), pack_nibbles(codes & 15)))
 
 
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -25,8 +30,7 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
             half_to_bytes(fit.d),
             half_to_bytes(fit.dmin),
             pack_scale_mins(fit.scale_codes, fit.min_codes),
-            pack_fields((fit.codes >> 4).view(-1, 8, 32), 1),
-            pack_nibbles(fit.codes & 15),
+            pack(fit.codes),
         )
     )
 
@@ -49,6 +53,6 @@ FORMAT = BlockFormat(
     block_bytes=176,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(16, 176, read, pack),
     bits=5,
 )

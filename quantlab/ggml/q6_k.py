@@ -14,6 +14,7 @@ from torch import Tensor
 from .block import (
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     from_columns,
     half_to_bytes,
@@ -33,6 +34,14 @@ from .superblock import (
 )
 
 
+def pack(codes: Tensor) -> Tensor:
+    """q + 32, uint8 `[n, 256]`, to ql and qh, `[n, 192]`."""
+    halves = codes.view(-1, 128)
+    low = pack_fields((halves & 15).view(-1, 2, 64), 4).view(-1, 128)
+    high = pack_fields((halves >> 4).view(-1, 4, 32), 2).view(-1, 64)
+    return join_bytes((low, high))
+
+
 def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     """float32 `[n, 256]`, importance `[n, 256]` or None, to uint8 `[n, 210]`.
 
@@ -44,13 +53,12 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     scales = by_super_block(fit.scale, 16)
     d, scale_codes = signed_factor(scales, 128)
     q = quantize_symmetric_codes(x, by_sub_block(d * scale_codes), fit.inverse, 32)
-    codes = from_columns(q, SUPER_BLOCK).view(-1, 128)
+    codes = from_columns(q, SUPER_BLOCK)
     # A super-block with no scale worth storing is all zero bytes.
     empty = scales.abs().amax(0) < 1e-15
     data = join_bytes(
         (
-            pack_fields((codes & 15).view(-1, 2, 64), 4).view(-1, 128),
-            pack_fields((codes >> 4).view(-1, 4, 32), 2).view(-1, 64),
+            pack(codes),
             scale_codes.t().to(torch.int8).contiguous().view(torch.uint8),
             half_to_bytes(d),
         )
@@ -78,6 +86,6 @@ FORMAT = BlockFormat(
     block_bytes=210,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(0, 192, read, pack),
     bits=6,
 )

@@ -12,6 +12,7 @@ from .block import (
     HALF_MAX,
     BlockFormat,
     Grids,
+    Layout,
     bytes_to_half,
     clamp_input,
     half_to_bytes,
@@ -37,6 +38,11 @@ def quantize(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return join_bytes((half_to_bytes(d), codes.view(torch.uint8)))
 
 
+def pack(codes: Tensor) -> Tensor:
+    """q + 128 to the bytes of q."""
+    return codes ^ 128
+
+
 def read(data: Tensor) -> Grids:
     """The codes and grids in uint8 `[n, 34]`."""
     return Grids(data[:, 2:] ^ 128, bytes_to_half(data[:, :2]), zero=128)
@@ -54,6 +60,6 @@ FORMAT = BlockFormat(
     block_bytes=34,
     quantize=quantize,
     dequantize=dequantize,
-    read=read,
+    layout=Layout(2, 34, read, pack),
     bits=8,
 )

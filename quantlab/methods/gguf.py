@@ -43,6 +43,13 @@ class GGUFConfig(base.Config):
         "text.",
         paper="llama.cpp's --imatrix, off by default",
     )
+    engine: str = base.option(
+        "llama.cpp",
+        "Engine",
+        "What runs the row: llama.cpp, which reads such files everywhere, or QuantLab's kernels on "
+        "the same codes.",
+        choices=("llama.cpp", "quantlab"),
+    )
 
 
 @base.register
@@ -50,7 +57,7 @@ class GGUF(base.Quantizer):
     name = "gguf"
     title = "GGUF"
     paper = "llama.cpp (ggml-org)"
-    summary = "llama.cpp's block formats; the file runs in llama.cpp."
+    summary = "llama.cpp's block formats; the file runs in llama.cpp (or QuantLab's kernels)."
     sees_error = False
     Config = GGUFConfig
 

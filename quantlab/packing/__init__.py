@@ -8,7 +8,7 @@ from __future__ import annotations
 from quantlab.packing.affine import Activation, AffineWeight, affine, affine_nbytes
 from quantlab.packing.base import PackedWeight
 from quantlab.packing.bits import pack_bits, packed_width, unpack_bits
-from quantlab.packing.codebook import CodebookWeight, codebook_weight
+from quantlab.packing.codebook import CodebookWeight, codebook_weight, pack_pairs
 from quantlab.packing.files import REPRESENTATIONS, describe, restore
 from quantlab.packing.ggml import GGMLWeight
 from quantlab.packing.outlier import OutlierWeight
@@ -30,6 +30,7 @@ __all__ = [
     "codebook_weight",
     "describe",
     "pack_bits",
+    "pack_pairs",
     "packed_width",
     "restore",
     "unpack_bits",

@@ -103,12 +103,18 @@ def codebook_weight(
     """Quantize a weight (float [rows, columns]) to the nearest entries of a codebook."""
     rows, columns = weight.shape
     codes, absmax = encode(weight.float().reshape(-1), codebook(name), block_size)
-    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
-    packed = (pairs[:, 0] << 4) | pairs[:, 1]
+    packed = pack_pairs(codes)
     if not double_quant:
         return CodebookWeight(packed, absmax, name, block_size, rows, columns)
     coded, nested, offset = encode_absmax(absmax)
     return CodebookWeight(packed, coded, name, block_size, rows, columns, nested, offset)
+
+
+def pack_pairs(codes: Tensor) -> Tensor:
+    """Codes below 16, uint8 of any shape, two a byte in row-major order, the first one high."""
+    flat = codes.reshape(-1)
+    pairs = torch.nn.functional.pad(flat, (0, flat.numel() % 2)).view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

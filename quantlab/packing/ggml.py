@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantlab.ggml import FORMATS, dequantize_rows
+from quantlab.ggml import FORMATS, dequantize_rows, layout_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,22 @@ class GGMLWeight:
     @property
     def bits_per_weight(self) -> float:
         return FORMATS[self.type].bits_per_weight
+
+    @property
+    def blocks(self) -> Tensor:
+        """The bytes block by block, uint8 [blocks, bytes a block]."""
+        return self.data.reshape(-1, FORMATS[self.type].block_bytes)
+
+    def factors(self) -> Tensor:
+        """The bytes without the codes, for `from_codes`."""
+        return layout_of(self.type).factors(self.blocks)
+
+    @classmethod
+    def from_codes(cls, type: str, factors: Tensor, codes: Tensor) -> GGMLWeight:
+        """The weight of these factors and codes (uint8 [rows, columns])."""
+        rows, columns = codes.shape
+        blocks = codes.reshape(-1, FORMATS[type].block_size)
+        return cls(layout_of(type).join(factors, blocks).view(rows, -1), type, columns)
 
     def dequantize(self) -> Tensor:
         return dequantize_rows(self.data, self.type, self.columns)
