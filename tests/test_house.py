@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CHAINS = """
 types < errors < grid < packing < models < calibration < methods < pipeline < jobs < ui < app
-kernels < layers < engine < metrics < pipeline
-packing < layers
+kernels < operands < layers < engine < metrics < pipeline
+packing < operands < layers
 packing < export < pipeline
 models < export
 types < results < plots < report < ui

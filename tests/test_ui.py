@@ -178,6 +178,8 @@ def test_the_kind_of_the_method_before_counts_as_none() -> None:
     assert added == variants.add([], "gguf", "q4_k_m", SAY)[0] | {"uid": added["uid"]}
     (added,) = variants.add([], "smoothquant", "q4_k_m", SAY)
     assert (added["method"], added["bits"]) == ("smoothquant", 8)
+    with pytest.raises(ConfigError, match="17"):
+        variants.add([], "gptq", "17", SAY)
 
 
 def test_an_option_changes_one_variant_and_can_be_undone() -> None:

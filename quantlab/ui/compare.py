@@ -86,7 +86,6 @@ def _form(tab: Compare, shared: Shared) -> None:
                 label=i18n("add_bits"),
                 # Gradio itself would refuse, in a toast, what the method before this one had and
                 # the browser still shows; `variants.add` knows what to do with it.
-                filterable=False,
                 allow_custom_value=True,
                 elem_id="add-bits",
                 min_width=80,

@@ -95,10 +95,11 @@ def default_kind(method: str) -> str | None:
 
 
 def add(data: list[dict[str, Any]], method: str, kind: str | None, say: Words) -> list[Any]:
-    """The chips with one more. A kind that this method does not have is what the method chosen
-    before had and the page still showed: it counts as none chosen. Raises: ConfigError when the
-    variant is there already."""
-    if kind not in [value for _, value in kind_choices(method)]:
+    """The chips with one more. A kind that only other methods have is what the method chosen before
+    had and the page still showed: it counts as none chosen. Raises: ConfigError when the variant is
+    there already, or its kind was typed and is none."""
+    elsewhere = {value for other in METHODS for _, value in kind_choices(other)}
+    if kind in elsewhere - {value for _, value in kind_choices(method)}:
         kind = default_kind(method)
     spec = parse_variant(f"{method}:{kind}" if kind else method)
     chips = read(data)

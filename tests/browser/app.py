@@ -58,6 +58,8 @@ def start_app(home: Path, log: Path) -> App:
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # What is started in the background of a script ignores Ctrl-C, and so would the app.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     app = App(f"http://127.0.0.1:{port}/", home, process, log)
     for _ in range(240):
