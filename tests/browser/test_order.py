@@ -11,7 +11,7 @@ from playwright.sync_api import Request, Route, expect
 
 from quantlab.store import Store
 from tests.browser.app import App
-from tests.browser.tab import Tab
+from tests.browser.tab import PATIENCE, Tab
 
 
 def test_a_tab_opened_before_the_page_arrived_speaks_the_language_too(tab: Tab) -> None:
@@ -62,8 +62,11 @@ def crossed(tab: Tab, painted: str, first: Callable[[], None], second: Callable[
 
     tab.page.route("**/*", hold)
     first()
-    while not held:
+    for _ in range(PATIENCE // 50):
+        if held:
+            break
         tab.page.wait_for_timeout(50)
+    assert held, "nothing was asked"
     with tab.page.expect_response(lambda answer: paints(answer.request)):
         second()
     tab.page.wait_for_timeout(500)  # It is on the page.
